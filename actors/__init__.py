@@ -1,0 +1,1 @@
+"""The place: in which process, with how much in flight? Ray lives here."""

@@ -1,0 +1,1 @@
+"""The doors: who asks, and from where?"""
