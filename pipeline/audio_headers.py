@@ -1,0 +1,116 @@
+"""What the headers of an audio file say about it: what it is, and how much of it there should be."""
+
+import os
+import struct
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from av.audio.stream import AudioStream
+from av.container import InputContainer
+
+# Where, in the first bytes, which bytes say that this is (meant to be) sound.
+_MAGIC = (
+    (0, b"RIFF", "a RIFF (wav) file"),
+    (0, b"RF64", "an RF64 (wav) file"),
+    (0, b"fLaC", "a FLAC file"),
+    (0, b"OggS", "an Ogg file"),
+    (0, b"ID3", "an MP3 file"),
+    (0, b"\xff\xfb", "an MP3 file"),
+    (0, b"\xff\xf3", "an MP3 file"),
+    (0, b"\xff\xf1", "an AAC file"),
+    (4, b"ftyp", "an MP4 file"),
+    (0, b"\x1aE\xdf\xa3", "a Matroska or WebM file"),
+    (0, b"FORM", "an AIFF file"),
+    (0, b"caff", "a CAF file"),
+    (0, b"#!AMR", "an AMR file"),
+    (0, b".snd", "an AU file"),
+    (0, b"wvpk", "a WavPack file"),
+    (0, b"\x30\x26\xb2\x75", "an ASF (wma) file"),
+    (0, b"NIST_1A", "a NIST SPHERE file"),
+)
+# Containers whose writer went back to fill in the true length. Not mpegts, aac, amr: theirs is ffmpeg's guess.
+_FINISHED = frozenset({"flac", "mov,mp4,m4a,3gp,3g2,mj2", "aiff", "au", "tta", "wv", "ape", "ogg"})
+_STREAMING_BYTES = 0x7FFF_0000  # sox, ffmpeg and others write this or more where they could not know the size
+_MP3_INDEX = (b"Xing", b"Info", b"VBRI")  # without one, the length is guessed from the bit rate of the first frame
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Promise:
+    """How much audio a header says there is, and which header."""
+
+    seconds: float
+    where: str
+
+
+def known_audio(head: bytes) -> str | None:
+    """What kind of audio file begins like this, in words; None if none does."""
+    return next((name for start, magic, name in _MAGIC if head[start:].startswith(magic)), None)
+
+
+def read_promise(file: BinaryIO, container: InputContainer, stream: AudioStream) -> Promise | None:
+    """The duration the container declares, where it can be trusted; the position in the file is kept."""
+    name = container.format.name
+    position = file.tell()
+    try:
+        if name == "wav" and (stream.codec_context.name or "").startswith("pcm_"):
+            seconds = _wav_seconds(file)  # ffmpeg quietly lowers its own to what the file holds
+        elif name in _FINISHED or (name == "mp3" and _has_mp3_index(file)):
+            seconds = _stream_seconds(stream)
+        elif name == "matroska,webm" and len(container.streams) == 1:  # with a video, this is the longer of the two
+            seconds = (container.duration or 0) / 1_000_000
+        else:
+            seconds = None
+    finally:
+        file.seek(position)
+    return Promise(seconds=seconds, where=f"the {name.partition(',')[0]} header") if seconds else None
+
+
+def is_cut_mp4(file: BinaryIO, head: bytes) -> bool:
+    """Whether an MP4 file ends within one of its top-level boxes."""
+    if head[4:8] != b"ftyp":
+        return False
+    end = file.seek(0, os.SEEK_END)
+    position = 0
+    while position + 8 <= end:
+        file.seek(position)
+        header = file.read(16)
+        size = struct.unpack(">I", header[:4])[0]
+        if size == 1 and len(header) == 16:  # the size did not fit and follows the type
+            size = struct.unpack(">Q", header[8:])[0]
+        if size < 8:  # 0: to the end of the file; else not a box
+            return False
+        position += size
+    return position != end
+
+
+def _stream_seconds(stream: AudioStream) -> float | None:
+    if stream.duration is None or stream.time_base is None:
+        return None
+    return float(stream.duration * stream.time_base)
+
+
+def _wav_seconds(file: BinaryIO) -> float | None:
+    """Size of the data chunk over bytes per second; None for a stream whose header was never completed."""
+    file.seek(12)
+    bytes_per_second = 0
+    while len(header := file.read(8)) == 8:
+        name, size_bytes = struct.unpack("<4sI", header)
+        if name == b"data":
+            is_streamed = size_bytes == 0 or size_bytes >= _STREAMING_BYTES
+            return size_bytes / bytes_per_second if bytes_per_second and not is_streamed else None
+        start = file.tell()
+        if name == b"fmt " and len(chunk := file.read(16)) == 16:
+            bytes_per_second = struct.unpack("<I", chunk[8:12])[0]
+        file.seek(start + size_bytes + size_bytes % 2)
+    return None
+
+
+def _has_mp3_index(file: BinaryIO) -> bool:
+    file.seek(0)
+    head = file.read(10)
+    skipped = 0
+    if head.startswith(b"ID3") and len(head) == 10:  # seven bits of size in each of four bytes
+        skipped = 10 + sum((byte & 0x7F) << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
+    file.seek(skipped)
+    first_frame = file.read(4096)
+    return any(tag in first_frame for tag in _MP3_INDEX)

@@ -1,0 +1,53 @@
+"""The exception tree, and the codes an error row can carry.
+
+KikitoriError
+├── ConfigError          the user is wrong: raised before any work starts; exit code 2
+│   └── CheckpointError  a checkpoint that cannot be found, or is not one we can load
+├── InputError           one input is bad: the stage turns it into a `Failure`, which becomes an error row
+└── SystemFailure        we or the machines are wrong: the run stops, what is committed stays; exit code 3
+"""
+
+
+class KikitoriError(Exception):
+    """Root of every error this project raises on purpose. The message is written for the user."""
+
+
+class ConfigError(KikitoriError):
+    """A configuration, command line or checkpoint the user has to correct."""
+
+
+class CheckpointError(ConfigError):
+    """The checkpoint named by the user cannot be found or loaded."""
+
+
+class SystemFailure(KikitoriError):
+    """The run cannot go on: storage, the cluster or every lane failed."""
+
+
+class InputError(KikitoriError):
+    """One input cannot be transcribed.
+
+    Args:
+        code: one of `ERROR_CODES`.
+        message: what was found and what was expected; it becomes `error_message` of the row.
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        if code not in ERROR_CODES:
+            raise ValueError(f"unknown error code {code}; known: {', '.join(ERROR_CODES)}")
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+ERROR_CODES: dict[str, str] = {
+    "NOT_FOUND": "the input does not exist (any more)",
+    "FETCH_FAILED": "the bytes could not be read from storage",
+    "EMPTY_AUDIO": "no audio, or less than one frame of it",
+    "UNSUPPORTED_FORMAT": "not audio, or a container or codec no decoder knows",
+    "DECODE_FAILED": "recognised as audio, but its content is damaged",
+    "TRUNCATED": "the container promises more audio than the file holds",
+    "TOO_LONG": "longer than the configured limit",
+    "MODEL_ERROR": "the model failed on this input",
+    "WORKER_CRASHED": "the process working on this input died, repeatedly",
+}

@@ -1,0 +1,183 @@
+"""A checkpoint's name -> a local folder that holds it: from the package, a folder, the hub or any fsspec URI."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+import models
+from models.checkpoint import Checkpoint, checkpoint_files, open_checkpoint
+from models.config import FormatError
+from pipeline.config import CheckpointConfig
+from pipeline.errors import CheckpointError
+from pipeline.storage import Storage, join
+
+DEMO = "demo"
+_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+_COPY_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fetched:
+    """A checkpoint on this machine."""
+
+    folder: Path
+    model_id: str  # as the user named it
+    revision: str  # what it resolved to: a commit on the hub, a digest of the files elsewhere
+
+
+def fetch(config: CheckpointConfig, storage: Storage | None = None) -> Fetched:
+    """Bring a checkpoint to this machine; costs nothing if it is here already.
+
+    Raises:
+        CheckpointError: it cannot be found or reached; the message says where we looked and what to do.
+    """
+    source = config.source
+    if source == DEMO:
+        folder = Path(models.__file__).parent / "demo" / "original"
+        return Fetched(folder=folder, model_id=DEMO, revision=_digest(folder))
+    if "://" in source and not source.startswith("file://"):
+        folder = _download(source.rstrip("/"), storage or Storage({}))
+        return Fetched(folder=folder, model_id=source, revision=_digest(folder))
+    local = Path(source.removeprefix("file://")).expanduser()
+    if local.is_dir():
+        return Fetched(folder=local.resolve(), model_id=source, revision=_digest(local))
+    if not _HUB_ID.match(source) or source.startswith((".", "/", "~")):
+        raise CheckpointError(
+            f"checkpoint.source {source!r} is not a folder here, and not a hub id (org/name), a URI or `{DEMO}`"
+        )
+    return _from_hub(source, config.revision)
+
+
+def open_fetched(fetched: Fetched) -> Checkpoint:
+    """Read and check a fetched checkpoint: its configs, its tokenizer, the header of every tensor.
+
+    Raises:
+        CheckpointError: a file or tensor is missing or wrong; the message names it.
+    """
+    try:
+        checkpoint = open_checkpoint(fetched.folder)
+        checkpoint.load_tokenizer()
+        return checkpoint
+    except FormatError as error:
+        raise CheckpointError(f"checkpoint {fetched.model_id}: {error}") from None
+
+
+def cache_folder() -> Path:
+    """Where checkpoints from fsspec URIs are kept; `KIKITORI_CACHE` moves it."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "kikitori"
+    return Path(os.environ.get("KIKITORI_CACHE", default)) / "checkpoints"
+
+
+def _from_hub(source: str, revision: str) -> Fetched:
+    where = f"checkpoint {source} (revision {revision})"
+    try:
+        config = Path(hf_hub_download(source, "config.json", revision=revision))
+        patterns = list(checkpoint_files(json.loads(config.read_text(encoding="utf-8"))))
+        # Pinned to the commit the config came from, so that a push in between cannot mix two revisions.
+        commit = config.parent.name
+        folder = Path(snapshot_download(source, revision=commit, allow_patterns=patterns))
+    except GatedRepoError:
+        raise CheckpointError(f"{where} is gated: accept its terms on the hub, then set HF_TOKEN") from None
+    except RepositoryNotFoundError:
+        raise CheckpointError(
+            f"{where}: the hub knows no such repository, or it is private and HF_TOKEN is not set"
+        ) from None
+    except RevisionNotFoundError:
+        raise CheckpointError(f"{where}: the repository has no such revision") from None
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{where} is not in the local hub cache and the hub cannot be reached ({error.__cause__ or error}). "
+            f"Connect once and run `kikitori fetch`, or set checkpoint.source to a local folder, a URI, or `{DEMO}`"
+        ) from None
+    except EntryNotFoundError as error:
+        raise CheckpointError(f"{where} lacks a file that a checkpoint needs: {error}") from None
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise CheckpointError(f"{where} could not be fetched: {error}") from None
+    return Fetched(folder=folder, model_id=source, revision=commit)
+
+
+def _download(uri: str, storage: Storage) -> Path:
+    """Copy the files of a checkpoint into the cache, whole or not at all."""
+    try:
+        config = json.loads(storage.read_bytes(join(uri, "config.json")))
+        wanted = {entry.uri.rsplit("/", 1)[-1]: entry for entry in storage.list_files(uri)}
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint {uri}: there is no config.json") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {uri} could not be read: {error}") from None
+    names = [name for name in wanted if any(Path(name).match(pattern) for pattern in checkpoint_files(config))]
+    stamp = json.dumps([uri, [(name, wanted[name].size_bytes, wanted[name].version) for name in sorted(names)]])
+    folder = cache_folder() / hashlib.sha256(stamp.encode()).hexdigest()[:16]
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as temporary:
+            target = Path(temporary) / "checkpoint"
+            target.mkdir()
+            for name in names:
+                _copy(storage, wanted[name].uri, target / name)
+            _publish(target, folder)
+    return folder
+
+
+def _publish(target: Path, folder: Path) -> None:
+    try:
+        target.rename(folder)
+    except OSError:  # another process on this machine was first; its copy is as good
+        if not folder.exists():
+            raise
+
+
+def _copy(storage: Storage, uri: str, target: Path) -> None:
+    try:
+        with storage.open(uri) as source, target.open("wb") as out:
+            shutil.copyfileobj(source, out, _COPY_BYTES)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint file {uri} could not be copied to {target}: {error}") from None
+
+
+def _digest(folder: Path) -> str:
+    """12 hex digits naming the content of a folder: every file's name, size, first and last mebibyte.
+
+    Reading all of a 5 GB file at every start would cost seconds; two checkpoints that differ do so in these places.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in {".json", ".safetensors", ".model"}):
+        digest.update(f"{path.name}:{path.stat().st_size}:".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(2**20))
+            file.seek(max(0, path.stat().st_size - 2**20))
+            digest.update(file.read(2**20))
+    return digest.hexdigest()[:12]
+
+
+def describe(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """The facts of a checkpoint that a person wants to see before using it."""
+    decoder, mimi, speech = checkpoint.decoder, checkpoint.mimi, checkpoint.speech
+    return {
+        "format": checkpoint.format,
+        "decoder": f"{decoder.num_layers} layers, {decoder.num_heads} heads, dim {decoder.dim}",
+        "context_seconds": decoder.context / mimi.frame_rate_hz,
+        "codebooks": f"{decoder.num_codebooks} of {decoder.audio_card}",
+        "text_ids": decoder.text_card,
+        "prefix_seconds": speech.prefix_seconds,
+        "delay_seconds": speech.delay_seconds,
+        "voice_activity_heads": decoder.num_extra_heads,
+    }

@@ -1,0 +1,177 @@
+"""The one list of stages, built from a config; all of them in this process are the reference for every runner."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from models.checkpoint import Checkpoint
+from pipeline.align import AlignStage
+from pipeline.config import RunConfig, decoding_settings, fingerprint
+from pipeline.encode import EncodeStage
+from pipeline.errors import ConfigError
+from pipeline.fetch import Fetched, open_fetched
+from pipeline.generate import GenerateStage
+from pipeline.load import LoadStage, Padding
+from pipeline.messages import Failure, Source, Transcript
+from pipeline.storage import Storage
+from pipeline.write import Provenance
+
+VERSION = "0.1.0"
+
+# On a CPU a pass costs little more for eight streams than for one until the products stop being bound by memory.
+_CPU_SLOTS = 8
+_MAX_SLOTS = 256
+# Of the GPU memory that is free after loading, the share given to KV caches; the rest is for activations.
+_CACHE_SHARE = 0.6
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stages:
+    """Builds each stage of one run; every host builds only the stages it hosts."""
+
+    config: RunConfig
+    fetched: Fetched
+    checkpoint: Checkpoint
+    device: str
+
+    def load(self) -> LoadStage:
+        """Source -> Waveform."""
+        return LoadStage(Storage(self.config.input.storage_options), self._padding())
+
+    def encode(self) -> EncodeStage:
+        """Waveform -> Codes; reads the codec's weights."""
+        encode = self.config.stages.encode
+        mimi = self.checkpoint.load_mimi(device=self.device, window=encode.window)
+        return EncodeStage(mimi, piece_seconds=encode.piece_seconds)
+
+    def generate(self) -> GenerateStage:
+        """Codes -> Tokens; reads the decoder's weights."""
+        generate = self.config.stages.generate
+        decoder = self.checkpoint.load_decoder(device=self.device, dtype=self._dtype())
+        return GenerateStage(
+            decoder,
+            self.checkpoint.speech,
+            num_slots=self._num_slots(),
+            alignment=generate.alignment,
+            temperature=generate.temperature,
+            seed=generate.seed,
+            keep_codes="codes" in self.config.output.columns,
+        )
+
+    def align(self) -> AlignStage:
+        """Tokens -> Transcript; reads the tokenizer."""
+        return AlignStage(
+            self.checkpoint.load_tokenizer(),
+            self.checkpoint.speech,
+            frame_rate_hz=self.checkpoint.mimi.frame_rate_hz,
+            alignment=self.config.stages.generate.alignment,
+        )
+
+    def provenance(self, run_id: str) -> Provenance:
+        """What every row says about where it comes from."""
+        return Provenance(
+            model_id=self.fetched.model_id,
+            model_revision=self.fetched.revision,
+            config_fingerprint=fingerprint(self.settings()),
+            version=VERSION,
+            run_id=run_id,
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that can change a transcript."""
+        return decoding_settings(self.config, model_revision=self.fetched.revision, version=VERSION)
+
+    def _padding(self) -> Padding:
+        speech, mimi = self.checkpoint.speech, self.checkpoint.mimi
+        return Padding(
+            prefix_seconds=speech.prefix_seconds,
+            delay_seconds=speech.delay_seconds,
+            sampling_rate_hz=mimi.sample_rate_hz,
+            samples_per_frame=mimi.frame_samples,
+            repeat_first_frame=self.config.stages.generate.alignment == "first-frame-twice",
+        )
+
+    def _dtype(self) -> torch.dtype:
+        name = self.config.checkpoint.dtype
+        if name == "auto":
+            return torch.bfloat16 if self.device.startswith("cuda") else torch.float32
+        return _DTYPES[name]
+
+    def _num_slots(self) -> int:
+        slots = self.config.stages.generate.slots
+        if slots != "auto":
+            return slots
+        if not self.device.startswith("cuda"):
+            return _CPU_SLOTS
+        decoder = self.checkpoint.decoder
+        bytes_per_slot = 2 * decoder.num_layers * decoder.dim * decoder.context * self._dtype().itemsize
+        weight_bytes = sum(path.stat().st_size for path in self.checkpoint.decoder_files)
+        free_bytes = torch.cuda.mem_get_info(self.device)[0] - weight_bytes
+        return max(1, min(_MAX_SLOTS, int(free_bytes * _CACHE_SHARE) // bytes_per_slot))
+
+
+def build_stages(config: RunConfig, fetched: Fetched) -> Stages:
+    """Check that this machine can do what the config asks, and open the checkpoint.
+
+    Raises:
+        ConfigError: an option that is not available, or a device this machine does not have.
+        CheckpointError: the checkpoint is incomplete or not one of ours.
+    """
+    check_available(config)
+    return Stages(
+        config=config,
+        fetched=fetched,
+        checkpoint=open_fetched(fetched),
+        device=resolve_device(config.checkpoint.device),
+    )
+
+
+def check_available(config: RunConfig) -> None:
+    """Refuse options which the config knows and this version does not do: an ignored option is an error.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    lookahead = config.stages.generate.lookahead
+    if lookahead not in ("auto", 1):
+        raise ConfigError(
+            f"stages.generate.lookahead is {lookahead}, but version {VERSION} decodes one frame per pass; "
+            "use auto or 1 (look-ahead changes speed only, never the tokens)"
+        )
+
+
+def resolve_device(device: str) -> str:
+    """`auto` -> `cuda` if there is a GPU, else `cpu`.
+
+    Raises:
+        ConfigError: `cuda` was asked for and there is none.
+    """
+    has_gpu = torch.cuda.is_available()
+    if device == "auto":
+        return "cuda" if has_gpu else "cpu"
+    if device.startswith("cuda") and not has_gpu:
+        raise ConfigError(f"checkpoint.device is {device}, but torch {torch.__version__} finds no GPU; use cpu or auto")
+    return device
+
+
+def transcribe(sources: Iterable[Source], stages: Stages) -> Iterator[Transcript | Failure]:
+    """All stages in this process, one pulling from the next; results come as they are finished."""
+    waveforms = stages.load().run(sources)
+    codes = stages.encode().run(waveforms)
+    tokens = stages.generate().run(codes)
+    return stages.align().run(tokens)
+
+
+def in_order(sources: Iterable[Source], results: Iterable[Transcript | Failure]) -> Iterator[Transcript | Failure]:
+    """Put results back into the order of their sources; a result waits only for those before it."""
+    held: dict[str, Transcript | Failure] = {}
+    arriving = iter(results)
+    for source in sources:
+        while source.id not in held:
+            result = next(arriving)
+            held[result.source.id] = result
+        yield held.pop(source.id)
