@@ -1,0 +1,321 @@
+"""Shards in, parts out: places lanes, hands shards to lanes that have room, replaces what dies, and stops cleanly.
+
+The driver holds descriptions and summaries only; audio, codes and rows never pass through it. All retries are decided
+here and nowhere else: a lane that loses a process is given up as a whole and its open shards are queued again. A shard
+that was open in several dying lanes is suspect: it is done alone in its lane, one input at a time, each named on
+storage before it is touched, so that an input which kills processes is found, gets its error row, and the rest of its
+shard is transcribed.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import (
+    ActorUnavailableError,
+    GetTimeoutError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    OwnerDiedError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from actors.cluster import LaneRequest
+from actors.lane import DecoderActor, EncoderActor, LaneReport, LaneSettings, mark_uri
+from pipeline.config import RunConfig
+from pipeline.errors import SystemFailure
+from pipeline.messages import Shard
+from pipeline.storage import Storage
+from pipeline.write import PartSummary
+
+logger = logging.getLogger(__name__)
+
+LANE_DEAD = (
+    RayActorError,
+    ActorUnavailableError,
+    WorkerCrashedError,
+    ObjectLostError,
+    OwnerDiedError,
+    NodeDiedError,
+    OutOfMemoryError,
+)
+# Deaths of lanes that held a shard before the shard is done alone. The first may well be somebody else's fault.
+_SUSPECT_AFTER = 2
+_MAX_CRASHES = 12  # of one shard: every one beyond the second names a culprit, so this many culprits are too many
+_MAX_ERRORS = 3  # exceptions (not deaths) of one shard: a bug or a storage that stays away
+_MAX_FAILED_STARTS = 3  # of lanes, in a row, before any lane ever came up
+_REPORT_SECONDS = 1.0
+_IDLE_SECONDS = 0.2
+_DRAIN_SECONDS = 20.0
+
+
+@dataclass(slots=True)
+class Progress:
+    """What is known of a run while it goes on."""
+
+    num_inputs: int
+    num_committed: int = 0  # inputs whose part is on storage
+    num_errors: int = 0
+    audio_seconds: float = 0.0
+    lanes: dict[int, LaneReport] = field(default_factory=dict[int, LaneReport])
+    num_lost_lanes: int = 0
+
+    def totals(self) -> tuple[int, int, float]:
+        """Inputs, errors and audio seconds done: what is committed and what the lanes have in hand."""
+        reports = self.lanes.values()
+        return (
+            self.num_committed + sum(report.num_finished for report in reports),
+            self.num_errors + sum(report.num_errors for report in reports),
+            self.audio_seconds + sum(report.audio_seconds for report in reports),
+        )
+
+
+@dataclass(slots=True)
+class _Task:
+    """A shard and its history in this run."""
+
+    shard: Shard
+    crashes: int = 0
+    errors: int = 0
+    poison: list[str] = field(default_factory=list)
+
+    @property
+    def is_suspect(self) -> bool:
+        return self.crashes >= _SUSPECT_AFTER
+
+
+@dataclass(slots=True)
+class _Lane:
+    """A lane that is up."""
+
+    index: int
+    decoder: Any
+    encoder: Any
+    group: Any
+    open: dict[str, "asyncio.Task[None]"] = field(default_factory=dict[str, "asyncio.Task[None]"])
+    dead: bool = False
+
+
+class Driver:
+    """One execution of the remaining shards of a plan.
+
+    Args:
+        config: the run's config.
+        settings: what lanes are told.
+        request: what a lane reserves.
+        num_lanes: how many lanes to hold at most.
+        shards: what is to be done, in this order.
+        progress: kept up to date.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        settings: LaneSettings,
+        request: LaneRequest,
+        *,
+        num_lanes: int,
+        shards: Sequence[Shard],
+        progress: Progress,
+        on_commit: Callable[[PartSummary], None] = lambda _: None,
+    ) -> None:
+        self._settings, self._request = settings, request
+        self._num_lanes = min(num_lanes, len(shards))
+        self._todo = deque(_Task(shard) for shard in shards)
+        self._num_left = len(shards)
+        self._progress, self._on_commit = progress, on_commit
+        self._storage = Storage(config.output.storage_options)
+        self._output_uri = config.output.uri
+        self._finished = asyncio.Event()
+        self._stopping = False
+        self._fatal: Exception | None = None
+        self._ever_up = False
+        self._failed_starts = 0
+
+    async def run(self) -> None:
+        """Work until every shard is committed, or `stop` was called and the open ones are done or given up.
+
+        Raises:
+            SystemFailure: no lane comes up, or a shard fails again and again; what is committed stays.
+        """
+        if not self._num_left:
+            return
+        lanes = [asyncio.create_task(self._keep_lane(index)) for index in range(self._num_lanes)]
+        await self._finished.wait()
+        for lane in lanes:
+            lane.cancel()
+        await asyncio.gather(*lanes, return_exceptions=True)
+        if self._fatal is not None:
+            raise self._fatal
+
+    def stop(self) -> None:
+        """Take no more shards; give the open ones a little time, then leave."""
+        if not self._stopping:
+            self._stopping = True
+            self._todo.clear()
+            self._drain = asyncio.get_running_loop().call_later(_DRAIN_SECONDS, self._finished.set)
+
+    async def _keep_lane(self, index: int) -> None:
+        """Have a lane, and another one when it is lost."""
+        pause = 0.5
+        while not self._finished.is_set():
+            try:
+                await self._live(index)
+                pause = 0.5
+            except LANE_DEAD as error:
+                self._start_failed(error)
+            await asyncio.sleep(pause)
+            pause = min(30.0, 2 * pause)
+
+    def _start_failed(self, error: Exception) -> None:
+        self._failed_starts += 1
+        logger.warning("a lane did not start: %s", error)
+        if not self._ever_up and self._failed_starts >= _MAX_FAILED_STARTS:
+            self._fail(SystemFailure(f"no lane came up in {self._failed_starts} attempts; the last one: {error}"))
+
+    async def _live(self, index: int) -> None:
+        """One lane from its placement to its end."""
+        group = placement_group([self._request.bundle])
+        lane: _Lane | None = None
+        actors: list[Any] = []
+        try:
+            await group.ready()  # pending means: the cluster is full, or is asked to grow
+            lane = await self._start(index, group, actors)
+            self._ever_up = True
+            await self._feed(lane)
+        finally:
+            await self._bury(lane, group, actors)
+            self._progress.lanes.pop(index, None)
+
+    async def _start(self, index: int, group: Any, actors: list[Any]) -> _Lane:
+        placed = PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=True)
+        common: dict[str, Any] = {
+            "num_cpus": 0,
+            "scheduling_strategy": placed,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+        }
+        encoder_class: Any = ray.remote(EncoderActor)
+        decoder_class: Any = ray.remote(DecoderActor)
+        encoder = encoder_class.options(**common, num_gpus=self._request.encoder_gpus, max_concurrency=64).remote(
+            self._settings
+        )
+        actors.append(encoder)
+        decoder = decoder_class.options(**common, num_gpus=self._request.decoder_gpus, max_concurrency=1000).remote(
+            self._settings, encoder
+        )
+        actors.append(decoder)
+        pid = await decoder.ready.remote()
+        logger.info("lane %d is up: decoder process %d", index, pid)
+        return _Lane(index=index, decoder=decoder, encoder=encoder, group=group)
+
+    async def _feed(self, lane: _Lane) -> None:
+        """Give the lane its next shard only when it has room for it."""
+        while not lane.dead and not self._finished.is_set():
+            report: LaneReport = await lane.decoder.report.remote(wait_seconds=_REPORT_SECONDS)
+            self._progress.lanes[lane.index] = report
+            task = self._next_for(lane) if report.has_room else None
+            if task is None:
+                await asyncio.sleep(_IDLE_SECONDS)
+                continue
+            lane.open[task.shard.id] = asyncio.create_task(self._do(lane, task))
+            await asyncio.sleep(0)
+
+    def _next_for(self, lane: _Lane) -> _Task | None:
+        """The next shard this lane may have. A suspect is alone with a lane: then a death can only be its own."""
+        if not self._todo or any(task.get_name() == "suspect" for task in lane.open.values()):
+            return None
+        if self._todo[0].is_suspect and lane.open:
+            return None
+        return self._todo.popleft()
+
+    async def _do(self, lane: _Lane, task: _Task) -> None:
+        shard = task.shard
+        current = asyncio.current_task()
+        if current is not None and task.is_suspect:
+            current.set_name("suspect")
+        try:
+            summary: PartSummary = await lane.decoder.transcribe.remote(
+                shard, poison=task.poison, alone=task.is_suspect
+            )
+            self._committed(summary)
+        except LANE_DEAD as error:
+            lane.dead = True
+            await self._crashed(task, error)
+        except (RayTaskError, SystemFailure, OSError) as error:
+            lane.dead = True  # its engine may be beyond use, and a fresh one costs little
+            self._erred(task, error)
+        finally:
+            lane.open.pop(shard.id, None)
+
+    def _committed(self, summary: PartSummary) -> None:
+        self._progress.num_committed += summary.num_rows
+        self._progress.num_errors += sum(summary.errors.values())
+        self._progress.audio_seconds += summary.audio_seconds
+        self._on_commit(summary)
+        self._done_with_one()
+
+    def _done_with_one(self) -> None:
+        self._num_left -= 1
+        if self._num_left <= 0 or (self._stopping and not self._todo):
+            self._finished.set()
+
+    async def _crashed(self, task: _Task, error: Exception) -> None:
+        """The process died with this shard in its hands: name the culprit if it was alone, queue the shard again."""
+        was_alone = task.is_suspect
+        task.crashes += 1
+        self._progress.num_lost_lanes += 1
+        logger.warning("shard %s lost its lane (%s), time %d", task.shard.id, type(error).__name__, task.crashes)
+        if was_alone:
+            culprit = await asyncio.to_thread(self._in_hand, task.shard.id)
+            if culprit is not None and culprit not in task.poison:
+                task.poison.append(culprit)
+        if task.crashes >= _MAX_CRASHES:
+            self._fail(SystemFailure(f"shard {task.shard.id} lost its lane {task.crashes} times; see the Ray logs"))
+            return
+        self._again(task)
+
+    def _in_hand(self, shard_id: str) -> str | None:
+        with contextlib.suppress(FileNotFoundError):
+            return self._storage.read_bytes(mark_uri(self._output_uri, shard_id)).decode()
+        return None
+
+    def _erred(self, task: _Task, error: Exception) -> None:
+        task.errors += 1
+        logger.warning("shard %s failed, time %d: %s", task.shard.id, task.errors, error)
+        if task.errors >= _MAX_ERRORS:
+            cause = getattr(error, "cause", None) or error
+            self._fail(SystemFailure(f"shard {task.shard.id} failed {task.errors} times; the last one: {cause}"))
+            return
+        self._again(task)
+
+    def _again(self, task: _Task) -> None:
+        if self._stopping:
+            self._done_with_one()
+        elif task.is_suspect:
+            self._todo.append(task)  # last, so that the healthy are not held up
+        else:
+            self._todo.appendleft(task)
+
+    def _fail(self, error: Exception) -> None:
+        self._fatal = self._fatal or error
+        self._finished.set()
+
+    async def _bury(self, lane: _Lane | None, group: Any, actors: list[Any]) -> None:
+        """Let the open shards hear of the death, then free what the lane held."""
+        for actor in reversed(actors):
+            with contextlib.suppress(*LANE_DEAD, GetTimeoutError):
+                ray.kill(actor)
+        if lane is not None and lane.open and not self._finished.is_set():
+            await asyncio.wait(list(lane.open.values()), timeout=30)
+        remove_placement_group(group)

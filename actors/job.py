@@ -1,0 +1,172 @@
+"""The verb `run`: plan, find what remains, do it on Ray, say how it went."""
+
+import asyncio
+import json
+import logging
+import secrets
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.console import Console
+
+from actors.cluster import connected, plan_lanes
+from actors.driver import Driver, Progress
+from actors.lane import LaneSettings
+from actors.progress import show
+from pipeline.config import RunConfig, fingerprint
+from pipeline.errors import ConfigError, SystemFailure
+from pipeline.fetch import fetch
+from pipeline.messages import Shard
+from pipeline.plan import committed, make_plan, remaining
+from pipeline.run import VERSION, Stages, build_stages
+from pipeline.status import Status, status_of
+from pipeline.storage import Storage, join
+from pipeline.write import check_columns
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobResult:
+    """How a run ended."""
+
+    run_id: str
+    output_uri: str
+    status: Status
+    num_shards_done: int  # by this run
+    audio_seconds: float  # by this run
+    wall_seconds: float
+    num_lost_lanes: int
+    ignored: Mapping[str, int]
+    signal: int | None = None  # the signal that stopped it, if one did
+
+    @property
+    def rtfx(self) -> float:
+        """Audio seconds per wall second of this run, start of Ray and models included."""
+        return self.audio_seconds / self.wall_seconds if self.wall_seconds > 0 else 0.0
+
+    @property
+    def exit_code(self) -> int:
+        """As the command line promises: 0 all transcribed, 1 some error rows, 128 + signal when stopped."""
+        if self.signal is not None:
+            return 128 + self.signal
+        return 1 if self.status.num_errors else 0
+
+
+def run_job(config: RunConfig, console: Console) -> JobResult:
+    """Do what remains of a config's inputs.
+
+    Raises:
+        ConfigError: before any work, if the config, the checkpoint, the inputs or the output do not allow it.
+        SystemFailure: if the run cannot go on; what is committed stays.
+    """
+    begun = time.monotonic()
+    output = Storage(config.output.storage_options)
+    output_uri = _require_output(config)
+    check_columns(config.output.columns)
+    pinned = fetch(config.checkpoint)
+    # On a cluster the GPUs are elsewhere; what this machine lacks is for the lanes to say.
+    stages = build_stages(_for_driver(config), pinned)
+    plan = make_plan(config, Storage(config.input.storage_options), output)
+    _agree_on_settings(stages, output, output_uri)
+    todo = remaining(plan, committed(output_uri, output))
+    run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
+    logger.info("run %s: %d inputs, %d of %d shards to do", run_id, plan.num_inputs, len(todo), len(plan.shards))
+    progress = Progress(num_inputs=sum(len(shard.sources) for shard in todo))
+    stopped_by = None
+    if todo:
+        with connected(config):
+            stopped_by = asyncio.run(_drive(config, pinned.revision, run_id, todo, progress, console))
+    return JobResult(
+        run_id=run_id,
+        output_uri=output_uri,
+        status=_final_status(stopped_by, status_of(plan, output_uri, output)),
+        num_shards_done=len(todo) - len(remaining(plan, committed(output_uri, output))),
+        audio_seconds=progress.audio_seconds,
+        wall_seconds=time.monotonic() - begun,
+        num_lost_lanes=progress.num_lost_lanes,
+        ignored=plan.ignored,
+        signal=stopped_by,
+    )
+
+
+async def _drive(
+    config: RunConfig, revision: str, run_id: str, todo: tuple[Shard, ...], progress: Progress, console: Console
+) -> int | None:
+    """Run the driver under a progress line; -> the signal that stopped it, if any."""
+    request, num_lanes = plan_lanes(config)
+    settings = LaneSettings(
+        config=config.model_copy(
+            update={"checkpoint": config.checkpoint.model_copy(update={"device": request.device})}
+        ),
+        run_id=run_id,
+        model_revision=revision,
+        num_loaders=request.num_loaders,
+        loader_cpus=request.loader_cpus,
+        num_threads=request.num_threads,
+    )
+    driver = Driver(config, settings, request, num_lanes=num_lanes, shards=todo, progress=progress)
+    stopped_by: list[int] = []
+
+    def stop(number: int) -> None:
+        stopped_by.append(number)
+        driver.stop()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):  # after ray.init, which installs its own
+        loop.add_signal_handler(number, stop, number)
+    work = asyncio.create_task(driver.run())
+    total_seconds = sum(shard.estimated_seconds for shard in todo)
+    display = asyncio.create_task(show(progress, total_seconds=total_seconds, console=console, stop=work.done))
+    try:
+        await work
+    finally:
+        await display
+    return stopped_by[0] if stopped_by else None
+
+
+def _require_output(config: RunConfig) -> str:
+    if not config.output.uri:
+        raise ConfigError("output.uri is empty: say where the transcripts go, a folder or a URI like s3://bucket/out")
+    return config.output.uri
+
+
+def _for_driver(config: RunConfig) -> RunConfig:
+    return config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"device": "cpu"})})
+
+
+def _final_status(stopped_by: int | None, status: Status) -> Status:
+    if stopped_by is None and not status.is_complete:
+        missing = status.num_shards - status.num_committed_shards
+        raise SystemFailure(f"the run ended with {missing} shards not committed; run the same command again")
+    return status
+
+
+def _agree_on_settings(stages: Stages, storage: Storage, output_uri: str) -> None:
+    """One output, one way of decoding: the first run says which, later ones must agree.
+
+    Raises:
+        ConfigError: the output was made with other settings; the differences are named.
+    """
+    uri = join(output_uri, "_kikitori", "settings.json")
+    settings = stages.settings()
+    record: dict[str, Any] = {"config_fingerprint": fingerprint(settings), "settings": settings, "version": VERSION}
+    if storage.create(uri, json.dumps(record, indent=2).encode()):
+        storage.create(join(output_uri, "_kikitori", "config.yaml"), stages.config.to_yaml().encode())
+        return
+    earlier: dict[str, Any] = json.loads(storage.read_bytes(uri))["settings"]
+    differences = [
+        f"{key}: {earlier.get(key)!r} there, {settings.get(key)!r} now"
+        for key in sorted({*earlier, *settings})
+        if earlier.get(key) != settings.get(key)
+    ]
+    if differences:
+        raise ConfigError(
+            f"{output_uri} was made with other settings, and one output holds one way of decoding:\n  "
+            + "\n  ".join(differences)
+            + "\nGo back to those settings, or choose another output.uri"
+        )
