@@ -1,0 +1,354 @@
+"""The command `kikitori`: parse, call, print. Results go to stdout, everything else to stderr."""
+
+import json
+import logging
+import signal
+import sys
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.config import RunConfig, load_config
+from pipeline.errors import ConfigError, KikitoriError
+
+if TYPE_CHECKING:
+    from actors.job import JobResult
+    from pipeline.messages import Failure, Transcript
+    from pipeline.status import Status
+
+_EXIT_ERRORS, _EXIT_USAGE, _EXIT_SYSTEM = 1, 2, 3
+_Command = TypeVar("_Command", bound=Callable[..., object])
+
+# Heavy imports (torch 1.5 s, ray 0.5 s, measured) stay inside the verbs that need them: `--help` answers at once.
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        code = cli.main(standalone_mode=False, prog_name="kikitori")
+    except click.exceptions.Exit as done:
+        code = done.exit_code
+    except click.ClickException as error:
+        error.show(sys.stderr)
+        code = _EXIT_USAGE
+    except (click.Abort, KeyboardInterrupt):
+        _complain("interrupted")
+        code = 128 + signal.SIGINT
+    except ConfigError as error:
+        _complain(str(error))
+        code = _EXIT_USAGE
+    except KikitoriError as error:
+        _complain(str(error))
+        code = _EXIT_SYSTEM
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has gone; nothing to add
+        code = _EXIT_ERRORS
+    except Exception as error:
+        logging.getLogger(__name__).debug("traceback", exc_info=True)
+        _complain(f"{type(error).__name__}: {error} (not an error we expected: -v shows where; please report it)")
+        code = _EXIT_SYSTEM
+    sys.exit(code)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="kikitori")
+def cli() -> None:
+    """Transcribe a bucket of any audio with Kyutai STT: complete, timestamped, audited Parquet."""
+
+
+def _common(command: _Command) -> _Command:
+    """The options that every verb has."""
+    options = (
+        click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, and nothing else there."),
+        click.option("-s", "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set any config value."),
+        click.option("-v", "--verbose", count=True, help="Say more on stderr; twice: everything."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@cli.command()
+@click.argument("files", nargs=-1, required=True, metavar="FILE_OR_GLOB...")
+@click.option("--model", metavar="M", default=None, help="Hub id, local folder, fsspec URI, or `demo`.")
+@click.option("--format", "form", type=click.Choice(["text", "json", "srt", "vtt"]), default="text", show_default=True)
+@click.option("--device", type=str, default=None, metavar="cpu|cuda", help="Where the model runs.")
+@_common
+def transcribe(
+    files: Sequence[str],
+    model: str | None,
+    form: str,
+    device: str | None,
+    as_json: bool,
+    overrides: Sequence[str],
+    verbose: int,
+) -> int:
+    """Transcribe files in this process, without Ray; transcripts to stdout.
+
+    `text` prints the text alone for one input and PATH<TAB>TEXT lines for several; `json` one output row per line.
+    """
+    _configure_logging(verbose)
+    named = [f"checkpoint.source={json.dumps(model)}"] if model is not None else []
+    named += [f"checkpoint.device={device}"] if device is not None else []
+    config = load_config(None, [*named, *overrides])
+    return _transcribe(config, files, "json" if as_json else form)
+
+
+@cli.command()
+@click.argument("config_path", metavar="CONFIG.yaml")
+@_common
+def run(config_path: str, as_json: bool, overrides: Sequence[str], verbose: int) -> int:
+    """Transcribe all inputs of a config on Ray; repeat it to do what remains."""
+    _configure_logging(verbose)
+    config = load_config(config_path, overrides)
+    from actors.job import run_job
+
+    result = run_job(config, Console(stderr=True))
+    _print_json(_result_as_json(result)) if as_json else _print_result(result)
+    return result.exit_code
+
+
+@cli.command()
+@click.argument("config_path", metavar="CONFIG.yaml")
+@click.option("--show-config", is_flag=True, help="Print the complete resolved config, and do nothing else.")
+@_common
+def plan(config_path: str, show_config: bool, as_json: bool, overrides: Sequence[str], verbose: int) -> int:
+    """List the inputs, write the manifest, show shards, hours and what remains."""
+    _configure_logging(verbose)
+    config = load_config(config_path, overrides)
+    if show_config:
+        text = config.to_yaml()
+        _print_json(_yaml_as_json(text)) if as_json else click.echo(text, nl=False)
+        return 0
+    from pipeline.plan import make_plan
+    from pipeline.status import status_of
+    from pipeline.storage import Storage
+
+    output_uri = _output_uri(config)
+    output = Storage(config.output.storage_options)
+    with _working("listing inputs and reading headers"):
+        made = make_plan(config, Storage(config.input.storage_options), output)
+        status = status_of(made, output_uri, output)
+    facts = _status_as_json(status, output_uri) | {"ignored": dict(made.ignored)}
+    facts["estimated_audio_hours"] = round(made.estimated_seconds / 3600, 4)
+    _print_json(facts) if as_json else _print_status("plan", status, output_uri, made.estimated_seconds, made.ignored)
+    return 0
+
+
+@cli.command()
+@click.argument("config_path", metavar="CONFIG.yaml")
+@_common
+def status(config_path: str, as_json: bool, overrides: Sequence[str], verbose: int) -> int:
+    """How far a run is, from storage alone."""
+    _configure_logging(verbose)
+    config = load_config(config_path, overrides)
+    from pipeline.plan import read_plan
+    from pipeline.status import status_of
+    from pipeline.storage import Storage
+
+    output_uri, output = _output_uri(config), Storage(config.output.storage_options)
+    with _working("reading the plan and the parts' footers"):
+        made = read_plan(output_uri, output)
+        found = status_of(made, output_uri, output)
+    if as_json:
+        _print_json(_status_as_json(found, output_uri))
+    else:
+        _print_status("status", found, output_uri, made.estimated_seconds, {})
+    return 0
+
+
+@cli.command()
+@click.argument("config_path", metavar="CONFIG.yaml")
+@_common
+def fetch(config_path: str, as_json: bool, overrides: Sequence[str], verbose: int) -> int:
+    """Download the checkpoint and check every file and tensor of it."""
+    _configure_logging(verbose)
+    config = load_config(config_path, overrides)
+    from pipeline.fetch import describe, open_fetched
+    from pipeline.fetch import fetch as fetch_checkpoint
+
+    with _working("fetching and checking the checkpoint"):
+        fetched = fetch_checkpoint(config.checkpoint)
+        checkpoint = open_fetched(fetched)
+    facts = {
+        "model_id": fetched.model_id,
+        "model_revision": fetched.revision,
+        "folder": str(fetched.folder),
+        **describe(checkpoint),
+    }
+    _print_json(facts) if as_json else _print_facts("checkpoint", facts)
+    return 0
+
+
+def _transcribe(config: RunConfig, files: Sequence[str], form: str) -> int:
+    from pipeline.discover import discover
+    from pipeline.fetch import fetch as fetch_checkpoint
+    from pipeline.messages import Failure
+    from pipeline.run import build_stages, in_order
+    from pipeline.run import transcribe as transcribe_all
+    from pipeline.storage import Storage
+    from pipeline.write import check_columns
+
+    check_columns(config.output.columns)
+    sources = [found.source for found in discover(files, Storage(config.input.storage_options)).found]
+    if form in ("srt", "vtt") and len(sources) > 1:
+        raise ConfigError(f"--format {form} is one file of captions, but {len(sources)} inputs were given; name one")
+    stages = build_stages(config, fetch_checkpoint(config.checkpoint))
+    show = _printer(form, stages.provenance(run_id="transcribe"), config, alone=len(sources) == 1)
+    failures = 0
+    with _counting(len(sources)) as tick:
+        for result in in_order(sources, transcribe_all(sources, stages)):
+            if isinstance(result, Failure):
+                failures += 1
+                if form != "json":
+                    _complain(f"{result.source.uri}: {result.code}: {result.message}")
+            show(result)
+            tick()
+    return _EXIT_ERRORS if failures else 0
+
+
+def _printer(form: str, provenance: Any, config: RunConfig, *, alone: bool) -> "Callable[[Transcript | Failure], None]":
+    """How one result is printed."""
+    from datetime import UTC, datetime
+
+    from pipeline.captions import srt, vtt
+    from pipeline.messages import Failure
+    from pipeline.write import row_to_json, to_row
+
+    def show(result: "Transcript | Failure") -> None:
+        if form == "json":
+            row = to_row(result, provenance, columns=config.output.columns, transcribed_at=datetime.now(UTC))
+            click.echo(row_to_json(row))
+        elif isinstance(result, Failure):
+            return
+        elif form == "text":
+            click.echo(result.text if alone else f"{result.source.uri}\t{result.text}")
+        else:
+            click.echo((srt if form == "srt" else vtt)(result.words), nl=False)
+
+    return show
+
+
+def _output_uri(config: RunConfig) -> str:
+    if not config.output.uri:
+        raise ConfigError("output.uri is empty: say where the transcripts go, a folder or a URI like s3://bucket/out")
+    return config.output.uri
+
+
+def _status_as_json(status: "Status", output_uri: str) -> dict[str, Any]:
+    return {
+        "output_uri": output_uri,
+        "complete": status.is_complete,
+        "inputs": status.num_inputs,
+        "rows": status.num_rows,
+        "ok": status.num_ok,
+        "errors": dict(status.errors),
+        "shards": status.num_shards,
+        "committed_shards": status.num_committed_shards,
+        "remaining_shards": status.num_shards - status.num_committed_shards,
+        "audio_hours": round(status.audio_seconds / 3600, 4),
+        "remaining_audio_hours_estimated": round(status.remaining_seconds / 3600, 4),
+    }
+
+
+def _result_as_json(result: "JobResult") -> dict[str, Any]:
+    return _status_as_json(result.status, result.output_uri) | {
+        "run_id": result.run_id,
+        "shards_done": result.num_shards_done,
+        "audio_hours_done": round(result.audio_seconds / 3600, 4),
+        "wall_seconds": round(result.wall_seconds, 2),
+        "rtfx": round(result.rtfx, 2),
+        "lanes_lost": result.num_lost_lanes,
+        "exit_code": result.exit_code,
+    }
+
+
+def _print_result(result: "JobResult") -> None:
+    from pipeline.metrics import format_hours
+
+    title = "stopped" if result.signal else "done"
+    _print_status(title, result.status, result.output_uri, None, result.ignored)
+    pace = f"{format_hours(result.audio_seconds)} of audio in {result.wall_seconds:.1f} s, RTFx {result.rtfx:.1f}"
+    lost = f", {result.num_lost_lanes} lanes lost and replaced" if result.num_lost_lanes else ""
+    click.echo(f"this run: {result.num_shards_done} shards, {pace}{lost}")
+
+
+def _print_status(title: str, status: "Status", output_uri: str, estimated_seconds: float | None, ignored: Any) -> None:
+    from pipeline.metrics import format_hours
+
+    facts: dict[str, Any] = {
+        "output": output_uri,
+        "inputs": f"{status.num_inputs:,}",
+        "shards": f"{status.num_committed_shards:,} of {status.num_shards:,} committed",
+        "transcribed": f"{status.num_ok:,} inputs, {format_hours(status.audio_seconds)} of audio",
+        "errors": ", ".join(f"{code} {count:,}" for code, count in status.errors.items()) or "none",
+    }
+    if not status.is_complete:
+        facts["remaining"] = f"about {format_hours(status.remaining_seconds)} of audio"
+    if estimated_seconds is not None:
+        facts["planned"] = f"about {format_hours(estimated_seconds)} of audio, from headers and file sizes"
+    if ignored:
+        facts["left out"] = ", ".join(f"{count:,} {kind}" for kind, count in ignored.items()) + " (not audio)"
+    _print_facts(title, facts)
+
+
+def _print_facts(title: str, facts: dict[str, Any]) -> None:
+    table = Table(title=title, title_justify="left", show_header=False, title_style="bold")
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name.replace("_", " "), str(value))
+    Console(soft_wrap=False).print(table)
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, ensure_ascii=False))
+
+
+def _yaml_as_json(text: str) -> Any:
+    import yaml
+
+    return yaml.safe_load(text)
+
+
+def _complain(message: str) -> None:
+    click.echo(f"kikitori: {message}", err=True)
+
+
+def _configure_logging(verbose: int) -> None:
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    for package in ("pipeline", "actors", "deploy"):
+        logging.getLogger(package).setLevel(min(level, logging.INFO))
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    del frame
+    sys.exit(128 + number)
+
+
+@contextmanager
+def _working(what: str) -> Generator[None]:
+    """Show that something is going on, on a terminal."""
+    with Console(stderr=True).status(what):
+        yield
+
+
+@contextmanager
+def _counting(total: int) -> Generator[Callable[[], None]]:
+    """A bar on stderr while inputs are transcribed; only on a terminal, and only for several inputs."""
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    if not console.is_terminal or total < 2:
+        yield lambda: None
+        return
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("transcribing", total=total)
+        yield lambda: bar.advance(task)
