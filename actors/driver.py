@@ -31,9 +31,9 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.cluster import LaneRequest
-from actors.lane import DecoderActor, EncoderActor, LaneReport, LaneSettings, mark_uri
+from actors.lane import Culprit, DecoderActor, EncoderActor, LaneReport, LaneSettings, mark_uri
 from pipeline.config import RunConfig
-from pipeline.errors import SystemFailure
+from pipeline.errors import ModelFailure, SystemFailure
 from pipeline.messages import Shard
 from pipeline.storage import Storage
 from pipeline.write import PartSummary
@@ -87,7 +87,7 @@ class _Task:
     shard: Shard
     crashes: int = 0
     errors: int = 0
-    poison: list[str] = field(default_factory=list)
+    culprits: list[Culprit] = field(default_factory=list[Culprit])
 
     @property
     def is_suspect(self) -> bool:
@@ -179,9 +179,10 @@ class Driver:
 
     def _start_failed(self, error: Exception) -> None:
         self._failed_starts += 1
-        logger.warning("a lane did not start: %s", error)
+        logger.warning("a lane did not start: %s", _reason(error))
         if not self._ever_up and self._failed_starts >= _MAX_FAILED_STARTS:
-            self._fail(SystemFailure(f"no lane came up in {self._failed_starts} attempts; the last one: {error}"))
+            reason = _reason(error)
+            self._fail(SystemFailure(f"no lane came up in {self._failed_starts} attempts; the last one: {reason}"))
 
     async def _live(self, index: int) -> None:
         """One lane from its placement to its end."""
@@ -244,12 +245,14 @@ class Driver:
         current = asyncio.current_task()
         if current is not None and task.is_suspect:
             current.set_name("suspect")
+            # A mark that an earlier run left there must not be taken for this one's.
+            await asyncio.to_thread(self._storage.delete, mark_uri(self._output_uri, shard.id))
         try:
             summary: PartSummary = await lane.decoder.transcribe.remote(
-                shard, poison=task.poison, alone=task.is_suspect
+                shard, culprits=task.culprits, alone=task.is_suspect
             )
             self._committed(summary)
-        except LANE_DEAD as error:
+        except (*LANE_DEAD, ModelFailure) as error:
             lane.dead = True
             await self._crashed(task, error)
         except (RayTaskError, SystemFailure, OSError) as error:
@@ -271,15 +274,17 @@ class Driver:
             self._finished.set()
 
     async def _crashed(self, task: _Task, error: Exception) -> None:
-        """The process died with this shard in its hands: name the culprit if it was alone, queue the shard again."""
+        """The lane died with this shard in its hands: name the culprit if it was alone, queue the shard again."""
         was_alone = task.is_suspect
         task.crashes += 1
         self._progress.num_lost_lanes += 1
         logger.warning("shard %s lost its lane (%s), time %d", task.shard.id, type(error).__name__, task.crashes)
         if was_alone:
-            culprit = await asyncio.to_thread(self._in_hand, task.shard.id)
-            if culprit is not None and culprit not in task.poison:
-                task.poison.append(culprit)
+            source_id = await asyncio.to_thread(self._in_hand, task.shard.id)
+            if source_id is not None:
+                died = not isinstance(error, ModelFailure)
+                detail = type(error).__name__ if died else _reason(error)
+                task.culprits.append(Culprit(source_id=source_id, died=died, detail=detail))
         if task.crashes >= _MAX_CRASHES:
             self._fail(SystemFailure(f"shard {task.shard.id} lost its lane {task.crashes} times; see the Ray logs"))
             return
@@ -292,10 +297,10 @@ class Driver:
 
     def _erred(self, task: _Task, error: Exception) -> None:
         task.errors += 1
-        logger.warning("shard %s failed, time %d: %s", task.shard.id, task.errors, error)
+        logger.warning("shard %s failed, time %d: %s", task.shard.id, task.errors, _reason(error))
         if task.errors >= _MAX_ERRORS:
-            cause = getattr(error, "cause", None) or error
-            self._fail(SystemFailure(f"shard {task.shard.id} failed {task.errors} times; the last one: {cause}"))
+            reason = _reason(error)
+            self._fail(SystemFailure(f"shard {task.shard.id} failed {task.errors} times; the last one: {reason}"))
             return
         self._again(task)
 
@@ -319,3 +324,9 @@ class Driver:
         if lane is not None and lane.open and not self._finished.is_set():
             await asyncio.wait(list(lane.open.values()), timeout=30)
         remove_placement_group(group)
+
+
+def _reason(error: Exception) -> str:
+    """What an actor died of or raised, without the tracebacks that Ray puts around it."""
+    lines = [line for line in str(getattr(error, "cause", None) or error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from pipeline.align import AlignStage
-from pipeline.errors import SystemFailure
+from pipeline.errors import ModelFailure
 from pipeline.generate import GenerateStage
 from pipeline.messages import Codes, Failure, Tokens, Transcript
 
@@ -34,13 +34,14 @@ class GenerateHost:
     Args:
         stage: the decoder and its slots.
         align: turns finished token streams into transcripts.
-        on_death: called once, on the thread, with the exception that ended it.
+        on_death: called once, on the thread, with what ended it.
     """
 
-    def __init__(self, stage: GenerateStage, align: AlignStage, *, on_death: Callable[[Exception], None]) -> None:
+    def __init__(self, stage: GenerateStage, align: AlignStage, *, on_death: Callable[[ModelFailure], None]) -> None:
         self._stage, self._align, self._on_death = stage, align, on_death
         self._inbox: queue.SimpleQueue[_Open | Codes | Failure | None] = queue.SimpleQueue()
         self._deliver: dict[str, Deliver] = {}
+        self._death: ModelFailure | None = None
         self._thread = threading.Thread(target=self._run, name="generate", daemon=True)
         self._thread.start()
 
@@ -52,10 +53,10 @@ class GenerateHost:
         """Hand in pieces of announced streams, in order.
 
         Raises:
-            SystemFailure: the thread has died.
+            ModelFailure: the thread has died.
         """
-        if not self._thread.is_alive():
-            raise SystemFailure("the generate thread has died; its error was reported when it happened")
+        if self._death is not None:
+            raise self._death
         for message in messages:
             self._inbox.put(message)
 
@@ -87,7 +88,8 @@ class GenerateHost:
             while self._take_in():
                 self._hand_out(self._stage.step())
         except Exception as error:  # noqa: BLE001  (whatever it was, whoever waits for a stream must hear of it)
-            self._on_death(error)
+            self._death = ModelFailure(f"the decoder failed: {type(error).__name__}: {error}")
+            self._on_death(self._death)
 
     def _take_in(self) -> bool:
         """Move the inbox into the stage; wait only if no stream can move. False: stop."""

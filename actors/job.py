@@ -72,7 +72,7 @@ def run_job(config: RunConfig, console: Console) -> JobResult:
     # On a cluster the GPUs are elsewhere; what this machine lacks is for the lanes to say.
     stages = build_stages(_for_driver(config), pinned)
     plan = make_plan(config, Storage(config.input.storage_options), output)
-    _agree_on_settings(stages, output, output_uri)
+    _agree_on_settings(config, stages, output, output_uri)
     todo = remaining(plan, committed(output_uri, output))
     run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
     logger.info("run %s: %d inputs, %d of %d shards to do", run_id, plan.num_inputs, len(todo), len(plan.shards))
@@ -146,7 +146,7 @@ def _final_status(stopped_by: int | None, status: Status) -> Status:
     return status
 
 
-def _agree_on_settings(stages: Stages, storage: Storage, output_uri: str) -> None:
+def _agree_on_settings(config: RunConfig, stages: Stages, storage: Storage, output_uri: str) -> None:
     """One output, one way of decoding: the first run says which, later ones must agree.
 
     Raises:
@@ -156,7 +156,7 @@ def _agree_on_settings(stages: Stages, storage: Storage, output_uri: str) -> Non
     settings = stages.settings()
     record: dict[str, Any] = {"config_fingerprint": fingerprint(settings), "settings": settings, "version": VERSION}
     if storage.create(uri, json.dumps(record, indent=2).encode()):
-        storage.create(join(output_uri, "_kikitori", "config.yaml"), stages.config.to_yaml().encode())
+        storage.create(join(output_uri, "_kikitori", "config.yaml"), config.to_yaml().encode())
         return
     earlier: dict[str, Any] = json.loads(storage.read_bytes(uri))["settings"]
     differences = [

@@ -18,12 +18,12 @@ from typing import Any, TypeVar
 
 import ray
 import torch
-from ray.exceptions import ActorUnavailableError, ObjectLostError, OutOfMemoryError, RayActorError
+from ray.exceptions import ActorUnavailableError, ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 
 from actors.host import GenerateHost, Result
 from pipeline.config import RunConfig
 from pipeline.encode import EncodeStage
-from pipeline.errors import SystemFailure
+from pipeline.errors import ModelFailure, SystemFailure
 from pipeline.fetch import fetch
 from pipeline.messages import Codes, Failure, Shard, Source, Waveform
 from pipeline.run import Stages, build_stages
@@ -65,6 +65,21 @@ class LaneReport:
     num_errors: int
     audio_seconds: float
     occupancy: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Culprit:
+    """An input that was alone in a lane when the lane died or its model raised."""
+
+    source_id: str
+    died: bool
+    detail: str
+
+    def row(self, source: Source) -> Failure:
+        """Its error row."""
+        if self.died:
+            return worker_crashed(source, stage="generate", detail=self.detail)
+        return Failure(source=source, stage="generate", code="MODEL_ERROR", message=self.detail)
 
 
 class LoadActor:
@@ -169,7 +184,7 @@ class _Journey:
         self.alone = True
         if self._strikes[suspect.id] >= _MAX_STRIKES:
             del self.todo[suspect.id]
-            yield worker_crashed(suspect, stage="load", times=_MAX_STRIKES, detail=type(error).__name__)
+            yield worker_crashed(suspect, stage="load", detail=f"{_MAX_STRIKES} times: {type(error).__name__}")
 
 
 class DecoderActor:
@@ -215,29 +230,30 @@ class DecoderActor:
             occupancy=self._host.occupancy,
         )
 
-    async def transcribe(self, shard: Shard, *, poison: Sequence[str], alone: bool) -> PartSummary:
+    async def transcribe(self, shard: Shard, *, culprits: Sequence[Culprit], alone: bool) -> PartSummary:
         """Do one shard and commit its part; a part that is there already is left as it is.
 
         Args:
             shard: what to do.
-            poison: ids of inputs that killed a process; they get their error row without being touched.
+            culprits: inputs that ended a lane; they get their error row without being touched.
             alone: one input at a time, each named in the journal before it is touched.
         """
-        uri = part_uri(self._output_uri, shard.id)
+        uri, mark = part_uri(self._output_uri, shard.id), mark_uri(self._output_uri, shard.id)
         if await asyncio.to_thread(self._storage.exists, uri):
             return await asyncio.to_thread(read_summary, self._storage, uri)
         work = self._open[shard.id] = _OpenShard(shard)
         try:
-            for source in shard.sources:
-                if source.id in poison:
-                    work.results.append(worker_crashed(source, stage="generate", times=1, detail="process died"))
-            todo = [source for source in shard.sources if source.id not in poison]
+            blamed = {culprit.source_id: culprit for culprit in culprits}
+            todo = [source for source in shard.sources if source.id not in blamed]
+            work.results += [blamed[source.id].row(source) for source in shard.sources if source.id in blamed]
             for group in [[source] for source in todo] if alone else [todo]:
                 if alone:
-                    mark = self._output_uri, shard.id, group[0].id
-                    await asyncio.to_thread(write_mark, self._storage, *mark)
+                    await asyncio.to_thread(self._storage.overwrite, mark, group[0].id.encode())
                 await self._transcribe(work, group)
-            return await asyncio.to_thread(self._write.commit, shard, work.results)
+            summary = await asyncio.to_thread(self._write.commit, shard, work.results)
+            if alone:
+                await asyncio.to_thread(self._storage.delete, mark)
+            return summary
         finally:
             del self._open[shard.id]
 
@@ -255,6 +271,8 @@ class DecoderActor:
                 self._host.put(await reference)
                 await self._not_too_far_ahead(waiting)
             await asyncio.gather(*waiting.values())
+        except RayTaskError as error:
+            raise ModelFailure(f"the encoder failed: {error.cause}") from None
         finally:
             ray.cancel(objects)  # a no-op once it is exhausted
 
@@ -277,15 +295,15 @@ class DecoderActor:
                     future.set_result(None)
                 return
 
-    def _engine_died(self, error: Exception) -> None:
+    def _engine_died(self, error: ModelFailure) -> None:
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._fail_all, error)
 
-    def _fail_all(self, error: Exception) -> None:
+    def _fail_all(self, error: ModelFailure) -> None:
         for work in self._open.values():
             for future in work.waiting.values():
                 if not future.done():
-                    future.set_exception(SystemFailure(f"the decoder failed: {type(error).__name__}: {error}"))
+                    future.set_exception(error)
 
     def _has_room(self) -> bool:
         """Credit in rows and in audio seconds, so that neither many short files nor one long one starve a slot."""
@@ -309,11 +327,11 @@ class _OpenShard:
         return max(0.0, self.shard.estimated_seconds - self.audio_seconds)
 
 
-def worker_crashed(source: Source, *, stage: str, times: int, detail: str) -> Failure:
+def worker_crashed(source: Source, *, stage: str, detail: str) -> Failure:
     """The error row of an input that kills processes."""
     message = (
-        f"the process working on this input died {times} times ({detail}) with nothing else in its hands; "
-        "the input is left out. If it plays elsewhere, please report it"
+        f"the process working on this input died ({detail}) with nothing else in its hands, after others had died with "
+        "it; the input is left out. If it plays elsewhere, please report it"
     )
     return Failure(source=source, stage=stage, code="WORKER_CRASHED", message=message)
 
@@ -321,11 +339,6 @@ def worker_crashed(source: Source, *, stage: str, times: int, detail: str) -> Fa
 def mark_uri(output_uri: str, shard_id: str) -> str:
     """Where the input in hand is named while a suspect shard is done one input at a time."""
     return join(output_uri, "_kikitori", "journal", f"{shard_id}.in-hand")
-
-
-def write_mark(storage: Storage, output_uri: str, shard_id: str, source_id: str) -> None:
-    """Name the input that is about to be touched."""
-    storage.overwrite(mark_uri(output_uri, shard_id), source_id.encode())
 
 
 def _stages(settings: LaneSettings) -> Stages:

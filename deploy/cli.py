@@ -1,10 +1,11 @@
 """The command `kikitori`: parse, call, print. Results go to stdout, everything else to stderr."""
 
+import io
 import json
 import logging
 import signal
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,16 +13,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pipeline.config import RunConfig, load_config
 from pipeline.errors import ConfigError, KikitoriError
 
 if TYPE_CHECKING:
     from actors.job import JobResult
-    from pipeline.messages import Failure, Transcript
+    from pipeline.messages import Failure, Source, Transcript
     from pipeline.status import Status
+    from pipeline.storage import Storage
 
 _EXIT_ERRORS, _EXIT_USAGE, _EXIT_SYSTEM = 1, 2, 3
+_ONE_LINE = {ord("\t"): "\\t", ord("\n"): "\\n", ord("\r"): "\\r"}  # a file name may hold them
 _Command = TypeVar("_Command", bound=Callable[..., object])
 
 # Heavy imports (torch 1.5 s, ray 0.5 s, measured) stay inside the verbs that need them: `--help` answers at once.
@@ -30,6 +34,9 @@ _Command = TypeVar("_Command", bound=Callable[..., object])
 def main() -> None:
     """Entry point of the console script."""
     signal.signal(signal.SIGTERM, _terminated)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file name need not be UTF-8, nor need the terminal
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = cli.main(standalone_mode=False, prog_name="kikitori")
     except click.exceptions.Exit as done:
@@ -67,7 +74,7 @@ def _common(command: _Command) -> _Command:
     options = (
         click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, and nothing else there."),
         click.option("-s", "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Set any config value."),
-        click.option("-v", "--verbose", count=True, help="Say more on stderr; twice: everything."),
+        click.option("-v", "--verbose", is_flag=True, help="Say more on stderr, and where an error came from."),
     )
     for option in reversed(options):
         command = option(command)
@@ -77,33 +84,36 @@ def _common(command: _Command) -> _Command:
 @cli.command()
 @click.argument("files", nargs=-1, required=True, metavar="FILE_OR_GLOB...")
 @click.option("--model", metavar="M", default=None, help="Hub id, local folder, fsspec URI, or `demo`.")
-@click.option("--format", "form", type=click.Choice(["text", "json", "srt", "vtt"]), default="text", show_default=True)
+@click.option("--format", "form", type=click.Choice(["text", "json", "srt", "vtt"]), help="Default: text.")
 @click.option("--device", type=str, default=None, metavar="cpu|cuda", help="Where the model runs.")
 @_common
 def transcribe(
     files: Sequence[str],
     model: str | None,
-    form: str,
+    form: str | None,
     device: str | None,
     as_json: bool,
     overrides: Sequence[str],
-    verbose: int,
+    verbose: bool,
 ) -> int:
     """Transcribe files in this process, without Ray; transcripts to stdout.
 
     `text` prints the text alone for one input and PATH<TAB>TEXT lines for several; `json` one output row per line.
     """
     _configure_logging(verbose)
-    named = [f"checkpoint.source={json.dumps(model)}"] if model is not None else []
-    named += [f"checkpoint.device={device}"] if device is not None else []
+    if as_json and form not in (None, "json"):
+        raise ConfigError(f"--json and --format {form} were both given; choose one")
+    chosen = {"checkpoint.source": model, "checkpoint.device": device}
+    # Not ASCII: YAML takes the two escapes of a character beyond the first 65,536 for two characters.
+    named = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in chosen.items() if value is not None]
     config = load_config(None, [*named, *overrides])
-    return _transcribe(config, files, "json" if as_json else form)
+    return _transcribe(config, files, "json" if as_json else form or "text")
 
 
 @cli.command()
 @click.argument("config_path", metavar="CONFIG.yaml")
 @_common
-def run(config_path: str, as_json: bool, overrides: Sequence[str], verbose: int) -> int:
+def run(config_path: str, as_json: bool, overrides: Sequence[str], verbose: bool) -> int:
     """Transcribe all inputs of a config on Ray; repeat it to do what remains."""
     _configure_logging(verbose)
     config = load_config(config_path, overrides)
@@ -118,7 +128,7 @@ def run(config_path: str, as_json: bool, overrides: Sequence[str], verbose: int)
 @click.argument("config_path", metavar="CONFIG.yaml")
 @click.option("--show-config", is_flag=True, help="Print the complete resolved config, and do nothing else.")
 @_common
-def plan(config_path: str, show_config: bool, as_json: bool, overrides: Sequence[str], verbose: int) -> int:
+def plan(config_path: str, show_config: bool, as_json: bool, overrides: Sequence[str], verbose: bool) -> int:
     """List the inputs, write the manifest, show shards, hours and what remains."""
     _configure_logging(verbose)
     config = load_config(config_path, overrides)
@@ -129,7 +139,9 @@ def plan(config_path: str, show_config: bool, as_json: bool, overrides: Sequence
     from pipeline.plan import make_plan
     from pipeline.status import status_of
     from pipeline.storage import Storage
+    from pipeline.write import check_columns
 
+    check_columns(config.output.columns)
     output_uri = _output_uri(config)
     output = Storage(config.output.storage_options)
     with _working("listing inputs and reading headers"):
@@ -144,7 +156,7 @@ def plan(config_path: str, show_config: bool, as_json: bool, overrides: Sequence
 @cli.command()
 @click.argument("config_path", metavar="CONFIG.yaml")
 @_common
-def status(config_path: str, as_json: bool, overrides: Sequence[str], verbose: int) -> int:
+def status(config_path: str, as_json: bool, overrides: Sequence[str], verbose: bool) -> int:
     """How far a run is, from storage alone."""
     _configure_logging(verbose)
     config = load_config(config_path, overrides)
@@ -166,7 +178,7 @@ def status(config_path: str, as_json: bool, overrides: Sequence[str], verbose: i
 @cli.command()
 @click.argument("config_path", metavar="CONFIG.yaml")
 @_common
-def fetch(config_path: str, as_json: bool, overrides: Sequence[str], verbose: int) -> int:
+def fetch(config_path: str, as_json: bool, overrides: Sequence[str], verbose: bool) -> int:
     """Download the checkpoint and check every file and tensor of it."""
     _configure_logging(verbose)
     config = load_config(config_path, overrides)
@@ -187,7 +199,6 @@ def fetch(config_path: str, as_json: bool, overrides: Sequence[str], verbose: in
 
 
 def _transcribe(config: RunConfig, files: Sequence[str], form: str) -> int:
-    from pipeline.discover import discover
     from pipeline.fetch import fetch as fetch_checkpoint
     from pipeline.messages import Failure
     from pipeline.run import build_stages, in_order
@@ -196,11 +207,12 @@ def _transcribe(config: RunConfig, files: Sequence[str], form: str) -> int:
     from pipeline.write import check_columns
 
     check_columns(config.output.columns)
-    sources = [found.source for found in discover(files, Storage(config.input.storage_options)).found]
+    sources = _sources(files, Storage(config.input.storage_options))
     if form in ("srt", "vtt") and len(sources) > 1:
         raise ConfigError(f"--format {form} is one file of captions, but {len(sources)} inputs were given; name one")
     stages = build_stages(config, fetch_checkpoint(config.checkpoint))
-    show = _printer(form, stages.provenance(run_id="transcribe"), config, alone=len(sources) == 1)
+    names = {} if len(sources) == 1 else {source.uri: name for source, name in sources.items()}
+    show = _printer(form, stages.provenance(run_id="transcribe"), config, names=names)
     failures = 0
     with _counting(len(sources)) as tick:
         for result in in_order(sources, transcribe_all(sources, stages)):
@@ -213,8 +225,24 @@ def _transcribe(config: RunConfig, files: Sequence[str], form: str) -> int:
     return _EXIT_ERRORS if failures else 0
 
 
-def _printer(form: str, provenance: Any, config: RunConfig, *, alone: bool) -> "Callable[[Transcript | Failure], None]":
-    """How one result is printed."""
+def _sources(files: Sequence[str], storage: "Storage") -> "dict[Source, str]":
+    """The inputs in the order in which they were named, each with its name as it was given, or else its URI."""
+    from pipeline.discover import discover
+    from pipeline.storage import normalise
+
+    if "" in files:
+        raise ConfigError("an input is the empty string; name a file, a folder or a glob")
+    sources: dict[Source, str] = {}
+    for file in files:
+        for found in discover([file], storage).found:
+            sources.setdefault(found.source, file if normalise(file) == found.source.uri else found.source.uri)
+    return sources
+
+
+def _printer(
+    form: str, provenance: Any, config: RunConfig, *, names: Mapping[str, str]
+) -> "Callable[[Transcript | Failure], None]":
+    """How one result is printed; `names` says by URI what its line begins with, and is empty for a single input."""
     from datetime import UTC, datetime
 
     from pipeline.captions import srt, vtt
@@ -228,7 +256,8 @@ def _printer(form: str, provenance: Any, config: RunConfig, *, alone: bool) -> "
         elif isinstance(result, Failure):
             return
         elif form == "text":
-            click.echo(result.text if alone else f"{result.source.uri}\t{result.text}")
+            name = names.get(result.source.uri)
+            click.echo(result.text if name is None else f"{name.translate(_ONE_LINE)}\t{result.text}")
         else:
             click.echo((srt if form == "srt" else vtt)(result.words), nl=False)
 
@@ -303,7 +332,7 @@ def _print_facts(title: str, facts: dict[str, Any]) -> None:
     table.add_column(style="dim")
     table.add_column(overflow="fold")
     for name, value in facts.items():
-        table.add_row(name.replace("_", " "), str(value))
+        table.add_row(name.replace("_", " "), Text(str(value)))  # as a plain string, `[x]` would be markup
     Console(soft_wrap=False).print(table)
 
 
@@ -321,11 +350,11 @@ def _complain(message: str) -> None:
     click.echo(f"kikitori: {message}", err=True)
 
 
-def _configure_logging(verbose: int) -> None:
-    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+def _configure_logging(verbose: bool) -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     for package in ("pipeline", "actors", "deploy"):
-        logging.getLogger(package).setLevel(min(level, logging.INFO))
+        logging.getLogger(package).setLevel(logging.DEBUG if verbose else logging.INFO)
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own, and would say all twice
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:

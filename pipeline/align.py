@@ -48,12 +48,12 @@ class AlignStage:
             yield message if isinstance(message, Failure) else self._transcript(message)
 
     def _transcript(self, tokens: Tokens) -> Transcript:
-        ids = [int(token_id) for token_id in tokens.ids]
+        words = tuple(self._words(tokens))
         return Transcript(
             source=tokens.source,
             facts=tokens.facts,
-            text=self._tokenizer.decode(ids),
-            words=tuple(self._words(tokens)),
+            text=" ".join(word.text for word in words),  # decoding all at once would keep the spaces of empty words
+            words=words,
             avg_logprob=self._avg_logprob(tokens),
             ids=tokens.ids,
             codes=tokens.codes,
@@ -67,9 +67,9 @@ class AlignStage:
         groups = [group for group in self._groups(tokens) if self._tokenizer.decode(group.ids)]
         duration = tokens.facts.duration_seconds
         latest = math.inf if duration is None else duration
-        for group, following in zip(groups, [*groups[1:], None], strict=True):
-            start = min(self._seconds(group.frame), latest)
-            until = math.inf if following is None else self._seconds(following.frame)
+        starts = [self._seconds(group.frame) for group in groups]
+        for group, begun, until in zip(groups, starts, [*starts, math.inf][1:], strict=True):
+            start = min(begun, latest)
             longest = max(MAX_WORD_SECONDS, len(group.ids) * self._frame_seconds)
             yield Word(
                 text=self._tokenizer.decode(group.ids),

@@ -5,6 +5,7 @@ KikitoriError
 │   └── CheckpointError  a checkpoint that cannot be found, or is not one we can load
 ├── InputError           one input is bad: the stage turns it into a `Failure`, which becomes an error row
 └── SystemFailure        we or the machines are wrong: the run stops, what is committed stays; exit code 3
+    └── ModelFailure     encoder or decoder raised; the driver finds out over which input
 """
 
 
@@ -24,6 +25,10 @@ class SystemFailure(KikitoriError):
     """The run cannot go on: storage, the cluster or every lane failed."""
 
 
+class ModelFailure(SystemFailure):
+    """Encoder or decoder raised while several inputs were in hand: which one is to blame is not known yet."""
+
+
 class InputError(KikitoriError):
     """One input cannot be transcribed.
 
@@ -35,9 +40,12 @@ class InputError(KikitoriError):
     def __init__(self, code: str, message: str) -> None:
         if code not in ERROR_CODES:
             raise ValueError(f"unknown error code {code}; known: {', '.join(ERROR_CODES)}")
-        super().__init__(message)
+        super().__init__(code, message)  # both, because an exception is unpickled from these
         self.code = code
         self.message = message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 ERROR_CODES: dict[str, str] = {
