@@ -36,10 +36,14 @@ _MP3_INDEX = (b"Xing", b"Info", b"VBRI")  # without one, the length is guessed f
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Promise:
-    """How much audio a header says there is, and which header."""
+    """How much audio a header says there is, and which header.
+
+    With `may_have_gaps`, packets carry their own times, and a recorder may have left silence out.
+    """
 
     seconds: float
     where: str
+    may_have_gaps: bool
 
 
 def known_audio(head: bytes) -> str | None:
@@ -62,7 +66,12 @@ def read_promise(file: BinaryIO, container: InputContainer, stream: AudioStream)
             seconds = None
     finally:
         file.seek(position)
-    return Promise(seconds=seconds, where=f"the {name.partition(',')[0]} header") if seconds else None
+    if not seconds:
+        return None
+    first_name = name.partition(",")[0]
+    return Promise(
+        seconds=seconds, where=f"the {first_name} header", may_have_gaps=first_name in ("mov", "matroska", "ogg")
+    )
 
 
 def is_cut_mp4(file: BinaryIO, head: bytes) -> bool:
@@ -91,7 +100,9 @@ def _stream_seconds(stream: AudioStream) -> float | None:
 
 def _wav_seconds(file: BinaryIO) -> float | None:
     """Size of the data chunk over bytes per second; None for a stream whose header was never completed."""
-    file.seek(12)
+    file.seek(0)
+    if not file.read(12).startswith(b"RIFF"):  # RIFX counts from the other end; RF64 keeps the size elsewhere
+        return None
     bytes_per_second = 0
     while len(header := file.read(8)) == 8:
         name, size_bytes = struct.unpack("<4sI", header)

@@ -245,18 +245,28 @@ def _judge(tally: _Tally, promise: Promise | None) -> None:
     damage = f"{tally.num_bad_packets} of {tally.num_packets} packets could not be decoded ({tally.fault})"
     if tally.num_bad_packets > max(_ALLOWED_BAD_PACKETS, _ALLOWED_BAD_SHARE * tally.num_packets):
         raise InputError("DECODE_FAILED", f"{damage}; the file is damaged, upload it again")
-    seconds = max(tally.decoded_seconds, tally.reached_seconds)
-    if promise and promise.seconds - seconds > max(_MISSING_SECONDS, _MISSING_SHARE * promise.seconds):
-        raise InputError(
-            "TRUNCATED",
-            f"{promise.where} promises {promise.seconds:.2f} s, the file holds {seconds:.2f} s; upload it again",
-        )
+    if promise:
+        _keep(promise, tally)
     if tally.is_broken:
-        raise InputError("DECODE_FAILED", f"unreadable after {seconds:.2f} s ({tally.fault}); upload the file again")
+        raise InputError(
+            "DECODE_FAILED", f"unreadable after {tally.decoded_seconds:.2f} s ({tally.fault}); upload the file again"
+        )
     if tally.decoded_seconds == 0:
         if tally.num_bad_packets:
             raise InputError("DECODE_FAILED", f"{damage}; the file is damaged, upload it again")
         raise InputError("EMPTY_AUDIO", "the file holds an audio stream without any sample in it")
+
+
+def _keep(promise: Promise, tally: _Tally) -> None:
+    """Hold the decoded audio against what the header promised."""
+    allowed_seconds = max(_MISSING_SECONDS, _MISSING_SHARE * promise.seconds)
+    if promise.seconds - tally.decoded_seconds <= allowed_seconds:
+        return
+    found = f"{promise.where} promises {promise.seconds:.2f} s, {tally.decoded_seconds:.2f} s could be decoded"
+    if promise.seconds - max(tally.decoded_seconds, tally.reached_seconds) > allowed_seconds:
+        raise InputError("TRUNCATED", f"{found}, then the file ends; upload it again")
+    if not promise.may_have_gaps:
+        raise InputError("DECODE_FAILED", f"{found}, the rest is damaged; upload the file again")
 
 
 def _reason(error: Exception) -> str:

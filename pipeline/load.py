@@ -4,6 +4,7 @@ Everything streams: of a three-hour file, one block of samples and one piece are
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -153,7 +154,7 @@ class _Heard:
 
     def __init__(self) -> None:
         self.content_sha256: str | None = None
-        self._seconds: float | None = None
+        self._num_samples: Counter[int] = Counter()  # by rate; adding up seconds instead would add up rounding too
         self._rate_hz: int | None = None
         self._channels: int | None = None
 
@@ -163,19 +164,22 @@ class _Heard:
         Raises:
             InputError: at the end, if all together were shorter than `shortest_seconds`.
         """
-        num_samples = 0
         for block in blocks:
             self._rate_hz = self._rate_hz or block.rate_hz
             self._channels = self._channels or block.channels
-            self._seconds = (self._seconds or 0.0) + len(block.samples) / block.rate_hz
-            num_samples += len(block.samples)
+            self._num_samples[block.rate_hz] += len(block.samples)
             yield block
-        if self._seconds is not None and self._seconds < shortest_seconds:
+        seconds = self._seconds
+        if seconds is not None and seconds < shortest_seconds:
             raise InputError(
                 "EMPTY_AUDIO",
-                f"{num_samples} samples at {self._rate_hz} Hz, {self._seconds * 1000:.1f} ms; less than one frame "
-                f"({shortest_seconds * 1000:.0f} ms) holds no word; take it out of the inputs",
+                f"{self._num_samples.total()} samples at {self._rate_hz} Hz, {seconds * 1000:.1f} ms; "
+                f"less than one frame ({shortest_seconds * 1000:.0f} ms) holds no word; take it out of the inputs",
             )
+
+    @property
+    def _seconds(self) -> float | None:
+        return sum(count / rate_hz for rate_hz, count in self._num_samples.items()) if self._num_samples else None
 
     def facts(self) -> AudioFacts:
         return AudioFacts(

@@ -25,6 +25,8 @@ from pipeline.retries import as_os_error, remote_errors, with_retries
 
 _T = TypeVar("_T")
 _READ_AHEAD_BYTES = 256 * 1024  # of small reads; a bigger one is a single request of its own size
+_PUT_SECONDS = 30  # beside the time the bytes need
+_PUT_BYTES_PER_SECOND = 1_000_000  # slower than any link worth running on
 _WRITER_KEY = "kikitori-writer"  # user metadata on S3 that names who created an object
 _MEMORY_LOCK = threading.Lock()  # fsspec's memory store is one per process, and checks before it writes
 
@@ -167,7 +169,8 @@ class Storage:
         if is_local(uri):
             local_files.overwrite(uri, data)
         else:
-            self._call(uri, lambda fs, path: fs.pipe_file(path, data))
+            bounds = _put_bounds(data) if _is_s3(uri) else {}
+            self._call(uri, lambda fs, path: fs.pipe_file(path, data, **bounds))
 
     def delete(self, uri: str) -> None:
         """Remove a file; it is no error when there is none."""
@@ -226,8 +229,8 @@ class Storage:
 
     def _create_remote(self, uri: str, data: bytes) -> bool:
         writer = uuid.uuid4().hex
-        on_s3 = uri.startswith(("s3://", "s3a://"))
-        marks = {"Metadata": {_WRITER_KEY: writer}} if on_s3 else {}
+        on_s3 = _is_s3(uri)
+        marks = {"Metadata": {_WRITER_KEY: writer}, **_put_bounds(data)} if on_s3 else {}
         try:
             self._call(uri, lambda fs, path: fs.pipe_file(path, data, mode="create", **marks))
         except FileExistsError:
@@ -250,7 +253,7 @@ class Storage:
         """fsspec caches what it makes by its options, so this connects once per process."""
         protocol = uri.partition("://")[0]
         options = dict(self.options)
-        if protocol in ("s3", "s3a"):
+        if _is_s3(uri):
             config = {"retries": {"total_max_attempts": 1}, **options.pop("config_kwargs", {})}
             # A cached listing would show a run its own files as missing.
             options = {"use_listings_cache": False, **options, "config_kwargs": config}
@@ -258,7 +261,7 @@ class Storage:
             fs = fsspec.filesystem(protocol, **options)
         except (ImportError, ValueError) as error:
             raise ConfigError(f"{uri}: no way to read {protocol}:// here: {error}") from None
-        if protocol in ("s3", "s3a"):
+        if _is_s3(uri):
             fs.retries = 1
         return fs
 
@@ -301,6 +304,15 @@ class _RangeReader(io.RawIOBase):
         buffer[: len(data)] = data
         self._position = end
         return len(data)
+
+
+def _is_s3(uri: str) -> bool:
+    return uri.startswith(("s3://", "s3a://"))
+
+
+def _put_bounds(data: bytes) -> dict[str, float]:
+    """How long fsspec may wait for a put: aiohttp alone would wait forever for a server to say `100 Continue`."""
+    return {"timeout": _PUT_SECONDS + len(data) / _PUT_BYTES_PER_SECOND}
 
 
 def _matches(name: str, pattern: str) -> bool:
