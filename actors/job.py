@@ -22,7 +22,7 @@ from pipeline.errors import ConfigError, SystemFailure
 from pipeline.fetch import fetch
 from pipeline.messages import Shard
 from pipeline.plan import committed, make_plan, remaining
-from pipeline.run import VERSION, Stages, build_stages
+from pipeline.run import Stages, build_stages
 from pipeline.status import Status, status_of
 from pipeline.storage import Storage, join
 from pipeline.write import check_columns
@@ -71,8 +71,10 @@ def run_job(config: RunConfig, console: Console) -> JobResult:
     pinned = fetch(config.checkpoint)
     # On a cluster the GPUs are elsewhere; what this machine lacks is for the lanes to say.
     stages = build_stages(_for_driver(config), pinned)
+    record = _agreed_settings(config, stages, output, output_uri)
     plan = make_plan(config, Storage(config.input.storage_options), output)
-    _agree_on_settings(config, stages, output, output_uri)
+    output.overwrite(_settings_uri(output_uri), json.dumps(record, indent=2).encode())
+    output.overwrite(join(output_uri, "_kikitori", "config.yaml"), config.to_yaml().encode())
     todo = remaining(plan, committed(output_uri, output))
     run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
     logger.info("run %s: %d inputs, %d of %d shards to do", run_id, plan.num_inputs, len(todo), len(plan.shards))
@@ -146,27 +148,48 @@ def _final_status(stopped_by: int | None, status: Status) -> Status:
     return status
 
 
-def _agree_on_settings(config: RunConfig, stages: Stages, storage: Storage, output_uri: str) -> None:
-    """One output, one way of decoding: the first run says which, later ones must agree.
+def _settings_uri(output_uri: str) -> str:
+    return join(output_uri, "_kikitori", "settings.json")
+
+
+def _agreed_settings(config: RunConfig, stages: Stages, storage: Storage, output_uri: str) -> dict[str, Any]:
+    """One output, one way of decoding, one set of columns: what to record, if it agrees with what is there.
 
     Raises:
-        ConfigError: the output was made with other settings; the differences are named.
+        ConfigError: parts are there that were made with other settings; the differences are named.
+        SystemFailure: the earlier record cannot be read.
     """
-    uri = join(output_uri, "_kikitori", "settings.json")
     settings = stages.settings()
-    record: dict[str, Any] = {"config_fingerprint": fingerprint(settings), "settings": settings, "version": VERSION}
-    if storage.create(uri, json.dumps(record, indent=2).encode()):
-        storage.create(join(output_uri, "_kikitori", "config.yaml"), config.to_yaml().encode())
-        return
-    earlier: dict[str, Any] = json.loads(storage.read_bytes(uri))["settings"]
+    record: dict[str, Any] = {
+        "config_fingerprint": fingerprint(settings),
+        "settings": settings | {"output.columns": sorted(config.output.columns)},
+    }
+    earlier = _recorded_settings(storage, output_uri)
+    if earlier is None or not committed(output_uri, storage):
+        return record
+    now = record["settings"]
     differences = [
-        f"{key}: {earlier.get(key)!r} there, {settings.get(key)!r} now"
-        for key in sorted({*earlier, *settings})
-        if earlier.get(key) != settings.get(key)
+        f"{key}: {earlier.get(key)!r} there, {now.get(key)!r} now"
+        for key in sorted({*earlier, *now})
+        if earlier.get(key) != now.get(key)
     ]
     if differences:
         raise ConfigError(
-            f"{output_uri} was made with other settings, and one output holds one way of decoding:\n  "
+            f"{output_uri} holds transcripts made with other settings:\n  "
             + "\n  ".join(differences)
             + "\nGo back to those settings, or choose another output.uri"
         )
+    return record
+
+
+def _recorded_settings(storage: Storage, output_uri: str) -> dict[str, Any] | None:
+    uri = _settings_uri(output_uri)
+    try:
+        found = json.loads(storage.read_bytes(uri))["settings"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        raise SystemFailure(
+            f"{uri} is damaged: it does not hold the settings of the output; restore or delete it"
+        ) from None
+    return found if isinstance(found, dict) else None

@@ -34,9 +34,7 @@ _Command = TypeVar("_Command", bound=Callable[..., object])
 def main() -> None:
     """Entry point of the console script."""
     signal.signal(signal.SIGTERM, _terminated)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a file name need not be UTF-8, nor need the terminal
-            stream.reconfigure(errors="backslashreplace")
+    _speak_utf8()
     try:
         code = cli.main(standalone_mode=False, prog_name="kikitori")
     except click.exceptions.Exit as done:
@@ -348,6 +346,13 @@ def _yaml_as_json(text: str) -> Any:
 
 def _complain(message: str) -> None:
     click.echo(f"kikitori: {message}", err=True)
+
+
+def _speak_utf8() -> None:
+    """JSON is UTF-8 whatever the terminal is; and a file name need not be either."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 def _configure_logging(verbose: bool) -> None:

@@ -124,7 +124,10 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
     """
     root = Path(folder)
     config = _read_json(root, "config.json")
-    checkpoint = _open_trfs(root, config) if "codec_config" in config else _open_original(root, config)
+    try:
+        checkpoint = _open_trfs(root, config) if "codec_config" in config else _open_original(root, config)
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise FormatError(f"a value in the JSON files of {root} is not of the kind it should be: {error}") from None
     checkpoint.check_tensors()
     return checkpoint
 
@@ -134,7 +137,8 @@ def checkpoint_files(config: Mapping[str, Any]) -> tuple[str, ...]:
     if "codec_config" in config:
         return ("*.safetensors", "model.safetensors.index.json", "tokenizer*", "*_config.json", "config.json")
     names = [config.get("moshi_name") or "model.safetensors"]
-    names += [config[key] for key in ("mimi_name", "mimi_config_name", "tokenizer_name") if config.get(key)]
+    names += [config[key] for key in ("mimi_name", "mimi_config_name") if config.get(key)]
+    names.append(config.get("tokenizer_name") or "tokenizer.model")
     return ("config.json", *names)
 
 

@@ -39,6 +39,9 @@ class MimiConfig:
     num_codebooks: int  # used by the decoder; the file may hold more
     num_semantic: int
 
+    def __post_init__(self) -> None:
+        _require_heads(self.dim, self.num_heads, self.context)
+
     @property
     def latent_samples(self) -> int:
         """Audio samples per latent (960 in the released codec: 25 Hz)."""
@@ -74,6 +77,9 @@ class DecoderConfig:
     text_card: int  # text ids the model can emit; the embedding row of this index is the text BOS
     num_extra_heads: int = 0  # semantic voice-activity heads
     extra_head_dim: int = 0
+
+    def __post_init__(self) -> None:
+        _require_heads(self.dim, self.num_heads, self.context)
 
     @property
     def head_dim(self) -> int:
@@ -258,6 +264,14 @@ def mimi_config_from_trfs(codec: Mapping[str, Any], *, num_codebooks: int) -> Mi
     )
 
 
+def _require_heads(dim: int, num_heads: int, context: int) -> None:
+    if num_heads < 1 or dim % (2 * num_heads) or context < 1:
+        raise FormatError(
+            f"attention of dim {dim} in {num_heads} heads over a window of {context} cannot be: heads divide the dim "
+            "into even parts, and the window is at least 1"
+        )
+
+
 def _get(config: Mapping[str, Any], key: str) -> Any:
     if config.get(key) is None:
         raise FormatError(f"the checkpoint's config has no {key!r}; found {', '.join(sorted(config))}")
@@ -266,7 +280,7 @@ def _get(config: Mapping[str, Any], key: str) -> Any:
 
 def _require_values(config: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     for key, value in expected.items():
-        if config.get(key, value) != value:
+        if config.get(key) not in (None, value):  # transformers writes null for what its class derives
             raise FormatError(f"the checkpoint's config has {key}={config[key]!r}; this model is built for {value!r}")
 
 

@@ -1,4 +1,4 @@
-"""The Mimi encoder: 24 kHz mono audio in, K codes per 80 ms frame out. The decoding half is neither built nor loaded."""
+"""The Mimi encoder: 24 kHz mono audio in, K codes per 80 ms frame out. Its decoding half is not even built."""
 
 # B rows, S samples, D latent channels, L latents, T frames, K codebooks.
 
@@ -18,8 +18,8 @@ from models.seanet import SEANet
 from models.transformer import Attention, Block, Transformer
 
 # How a last partial frame is completed. silence: zeros follow the audio (moshi's offline encoder). per-layer: every
-# strided convolution completes its own input, SEANet's with zeros, the downsampling with its last latent (transformers).
-# Only that one frame differs, and transformers' `generate` never shows it to the decoder.
+# strided convolution completes its own input, SEANet's with zeros, the downsampling with its last latent
+# (transformers' `codec_model.encode`). Only that one frame differs, and transformers never shows it to the decoder.
 Ending = Literal["silence", "per-layer"]
 
 
@@ -32,6 +32,7 @@ class MimiState:
     latent_context: Tensor  # [B, D, P], the downsampling's
     started_B: Tensor  # bool: has the row seen audio?
 
+    @torch.inference_mode()  # as in `encode`, whose tensors may not be written to elsewhere
     def reset(self, rows: Tensor) -> None:
         """Start the given rows (indices `[R]`) anew; the others notice nothing."""
         for context in self.conv_contexts:

@@ -6,37 +6,45 @@ Every default lives here and nowhere else. A key nobody knows is refused with th
 import difflib
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import ConfigError
 
 Alignment = Literal["all-frames", "bos-replaces-first", "first-frame-twice"]
 Auto = Literal["auto"]
 PositiveInt = Annotated[int, Field(ge=1)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+def _known_device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        raise ValueError("auto, cpu, cuda or cuda:N")
+    return value
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class CheckpointConfig(_Section):
     """Which weights, and how they are held."""
 
-    source: str = "kyutai/stt-2.6b-en"  # hub id, local folder, fsspec URI, or `demo`
-    revision: str = "main"
+    source: Text = "kyutai/stt-2.6b-en"  # hub id, local folder, fsspec URI, or `demo`
+    revision: Text = "main"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    device: Annotated[str, AfterValidator(_known_device)] = "auto"
 
 
 class InputConfig(_Section):
     """Where the audio is, and how much of it one output file holds."""
 
-    uris: list[str] = []
+    uris: list[Text] = []  # an empty one would be the folder that the command runs in
     shard_audio_hours: float = Field(default=1.0, gt=0)
     storage_options: dict[str, Any] = {}  # handed to fsspec as they are; never logged, never written to the output
 
@@ -63,7 +71,9 @@ class EncodeConfig(_Section):
     # exact: every latent sees the whole window.
     # ring: moshi's streaming encoder, where the first latent of a frame sees one less.
     window: Literal["exact", "ring"] = "exact"
-    piece_seconds: float = Field(default=10.0, gt=0)  # audio encoded in one call; bounds memory, changes no code
+    piece_seconds: float = Field(
+        default=10.0, gt=0, le=3600
+    )  # audio encoded in one call; bounds memory, changes no code
 
 
 class GenerateConfig(_Section):
@@ -165,14 +175,38 @@ def _read(path: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the config file {path}: {error}") from None
     try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        data = yaml.load(text, _NoDuplicates)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: 2024-13-45 looks like a date
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if data is None:
         return {}
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds a {type(data).__name__}, expected sections such as `checkpoint:` and `input:`")
-    return data
+    return _without_empty_sections(data, RunConfig)
+
+
+class _NoDuplicates(yaml.SafeLoader):
+    """YAML keeps the last of two equal keys without a word; here the first would be an option that is ignored."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """As the loader does it, refusing a key that comes twice."""
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} comes twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _without_empty_sections(data: Mapping[str, Any], section: type[_Section]) -> dict[str, Any]:
+    """A section whose every line is a comment reads as null; it means the defaults."""
+    kept: dict[str, Any] = {}
+    for name, value in data.items():
+        inner = _section_at([name], section)
+        if inner is None:
+            kept[name] = value
+        elif value is not None:
+            kept[name] = _without_empty_sections(value, inner) if isinstance(value, Mapping) else value
+    return kept
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
@@ -181,8 +215,8 @@ def _apply(data: dict[str, Any], override: str) -> None:
     if not equals or not all(path):
         raise ConfigError(f"-s {override!r}: expected section.key=value, e.g. -s stages.generate.slots=8")
     try:
-        value = yaml.safe_load(text) if text.strip() else ""
-    except yaml.YAMLError as error:
+        value = yaml.load(text, _NoDuplicates) if text.strip() else ""
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"-s {override!r}: the value is not valid YAML: {error}") from None
     here: Any = data
     for part in path[:-1]:
@@ -195,17 +229,45 @@ def _apply(data: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: ValidationError, *, where: str) -> str:
+    """One line per key: what was expected there and what was found."""
     lines: list[str] = []
+    expected: dict[str, list[str]] = {}
+    found: dict[str, Any] = {}
     for problem in error.errors():
         parts = [str(part) for part in problem["loc"]]
         if problem["type"] == "extra_forbidden":
             lines.append(f"{'.'.join(parts)}: unknown key; {_nearest(parts)}")
             continue
-        key = ".".join(part for part in parts if part in _all_names() or part.isdigit())
-        line = f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, found {problem['input']!r}"
-        if line not in lines:
-            lines.append(line)
-    return f"{where}: " + "\n".join(lines)
+        # The other parts of a location name the member of a union that was tried.
+        key = ".".join(part for part in parts if part in _all_names() or part.isdigit()) or ".".join(parts)
+        expected.setdefault(key, []).append(_expectation(problem["type"], problem["msg"], problem["input"]))
+        found[key] = problem["input"]
+    lines += [
+        f"{key}: expected {', or '.join(dict.fromkeys(texts))}; found {_shown(key, found[key])}"
+        for key, texts in expected.items()
+    ]
+    return f"{where}: " + "\n  ".join(lines)
+
+
+def _shown(key: str, value: Any) -> str:
+    """What was found, unless it may be a secret that was put in the wrong shape."""
+    is_secret = any(part in ("storage_options", "api_keys") for part in key.split("."))
+    return f"a {type(value).__name__}" if is_secret else repr(value)
+
+
+def _expectation(kind: str, message: str, value: Any) -> str:
+    """What pydantic expected, in the words of a YAML file."""
+    if kind == "model_type":
+        return "a section, with its keys indented below it"
+    if kind == "list_type":
+        return "a list, e.g. [a, b]"
+    if kind == "string_type" and not isinstance(value, (Mapping, Sequence)):
+        return "text; put it in quotes"
+    if kind == "invalid_key":
+        return "names as keys"
+    text = re.sub(r"^(Value error, |\w+ should (be|have) )", "", message)
+    text = re.sub(r"^(greater|less)", r"a number \1", text)
+    return text.removesuffix(", unable to parse string as an integer")
 
 
 def _nearest(parts: Sequence[str]) -> str:
@@ -214,15 +276,16 @@ def _nearest(parts: Sequence[str]) -> str:
     close = difflib.get_close_matches(parts[-1], siblings, n=1)
     if close:
         return f"did you mean {'.'.join([*parts[:-1], close[0]])}?"
-    everywhere = difflib.get_close_matches(parts[-1], [path.rsplit(".", 1)[-1] for path in _all_paths()], n=1)
-    for path in _all_paths():
-        if everywhere and path.endswith(everywhere[0]):
-            return f"did you mean {path}?"
+    elsewhere = {path.rpartition(".")[2]: path for path in reversed(_all_paths())}
+    close = difflib.get_close_matches(parts[-1], elsewhere, n=1)
+    if close:
+        return f"did you mean {elsewhere[close[0]]}?"
     return f"known here: {', '.join(siblings)}"
 
 
-def _section_at(parts: Sequence[str]) -> type[_Section] | None:
-    section: type[_Section] = RunConfig
+def _section_at(parts: Sequence[str], section: type[_Section] | None = None) -> type[_Section] | None:
+    """The section at the end of a path that begins in `section`; None if the path leads elsewhere."""
+    section = section or RunConfig
     for part in parts:
         field = section.model_fields.get(part)
         if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, _Section)):

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from models.checkpoint import Checkpoint, checkpoint_files, open_checkpoint
 from models.config import FormatError
 from pipeline.config import CheckpointConfig
 from pipeline.errors import CheckpointError
-from pipeline.storage import Storage, join
+from pipeline.storage import FileEntry, Storage, join
 
 DEMO = "demo"
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
@@ -56,9 +57,9 @@ def fetch(config: CheckpointConfig, storage: Storage | None = None) -> Fetched:
     if "://" in source and not source.startswith("file://"):
         folder = _download(source.rstrip("/"), storage or Storage({}))
         return Fetched(folder=folder, model_id=source, revision=_digest(folder))
-    local = Path(source.removeprefix("file://")).expanduser()
+    local = Path(os.path.expanduser(source.removeprefix("file://")))  # Path.expanduser raises for an unknown user
     if local.is_dir():
-        return Fetched(folder=local.resolve(), model_id=source, revision=_digest(local))
+        return _local(source, local.resolve())
     if not _HUB_ID.match(source) or source.startswith((".", "/", "~")):
         raise CheckpointError(
             f"checkpoint.source {source!r} is not a folder here, and not a hub id (org/name), a URI or `{DEMO}`"
@@ -86,11 +87,18 @@ def cache_folder() -> Path:
     return Path(os.environ.get("KIKITORI_CACHE", default)) / "checkpoints"
 
 
+def _local(source: str, folder: Path) -> Fetched:
+    try:
+        return Fetched(folder=folder, model_id=source, revision=_digest(folder))
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {source} cannot be read: {error}; check its permissions") from None
+
+
 def _from_hub(source: str, revision: str) -> Fetched:
     where = f"checkpoint {source} (revision {revision})"
     try:
         config = Path(hf_hub_download(source, "config.json", revision=revision))
-        patterns = list(checkpoint_files(json.loads(config.read_text(encoding="utf-8"))))
+        patterns = list(_patterns(json.loads(config.read_text(encoding="utf-8"))))
         # Pinned to the commit the config came from, so that a push in between cannot mix two revisions.
         commit = config.parent.name
         folder = Path(snapshot_download(source, revision=commit, allow_patterns=patterns))
@@ -116,41 +124,54 @@ def _from_hub(source: str, revision: str) -> Fetched:
 
 def _download(uri: str, storage: Storage) -> Path:
     """Copy the files of a checkpoint into the cache, whole or not at all."""
+    wanted = _list(uri, storage)
+    stamp = json.dumps([uri, [(name, wanted[name].size_bytes, wanted[name].version) for name in sorted(wanted)]])
+    folder = cache_folder() / hashlib.sha256(stamp.encode()).hexdigest()[:16]
+    if not folder.exists():
+        try:
+            _copy(wanted, storage, folder)
+        except OSError as error:
+            raise CheckpointError(
+                f"checkpoint {uri} could not be copied to {folder.parent}: {error}; "
+                "KIKITORI_CACHE names another folder for it"
+            ) from None
+    return folder
+
+
+def _list(uri: str, storage: Storage) -> dict[str, FileEntry]:
+    """The files of a checkpoint by name; what lies in folders below belongs to something else."""
     try:
         config = json.loads(storage.read_bytes(join(uri, "config.json")))
-        wanted = {entry.uri.rsplit("/", 1)[-1]: entry for entry in storage.list_files(uri)}
+        entries = {entry.uri.removeprefix(join(uri, "")): entry for entry in storage.list_files(uri)}
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {uri}: there is no config.json") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint {uri} could not be read: {error}") from None
-    names = [name for name in wanted if any(Path(name).match(pattern) for pattern in checkpoint_files(config))]
-    stamp = json.dumps([uri, [(name, wanted[name].size_bytes, wanted[name].version) for name in sorted(names)]])
-    folder = cache_folder() / hashlib.sha256(stamp.encode()).hexdigest()[:16]
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as temporary:
-            target = Path(temporary) / "checkpoint"
-            target.mkdir()
-            for name in names:
-                _copy(storage, wanted[name].uri, target / name)
-            _publish(target, folder)
-    return folder
+    return {
+        name: entry
+        for name, entry in entries.items()
+        if "/" not in name and any(fnmatchcase(name, pattern) for pattern in _patterns(config))
+    }
 
 
-def _publish(target: Path, folder: Path) -> None:
-    try:
-        target.rename(folder)
-    except OSError:  # another process on this machine was first; its copy is as good
-        if not folder.exists():
-            raise
+def _patterns(config: Any) -> tuple[str, ...]:
+    """What to bring; of a config that is none, itself alone: opening it says what is wrong."""
+    return checkpoint_files(config) if isinstance(config, dict) else ("config.json",)
 
 
-def _copy(storage: Storage, uri: str, target: Path) -> None:
-    try:
-        with storage.open(uri) as source, target.open("wb") as out:
-            shutil.copyfileobj(source, out, _COPY_BYTES)
-    except OSError as error:
-        raise CheckpointError(f"checkpoint file {uri} could not be copied to {target}: {error}") from None
+def _copy(wanted: Mapping[str, FileEntry], storage: Storage, folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as temporary:
+        target = Path(temporary) / "checkpoint"
+        target.mkdir()
+        for name, entry in wanted.items():
+            with storage.open(entry.uri) as source, (target / name).open("wb") as out:
+                shutil.copyfileobj(source, out, _COPY_BYTES)
+        try:
+            target.rename(folder)
+        except OSError:  # another process on this machine was first; its copy is as good
+            if not folder.exists():
+                raise
 
 
 def _digest(folder: Path) -> str:

@@ -151,6 +151,9 @@ class GenerateStage:
         if message.is_last:
             stream.facts = message.facts or AudioFacts()
             stream.num_pending -= self._schedule.held_back  # the last columns stay where they are, unread
+            if stream.begun and stream.num_pending <= 0:  # the last of it was stepped before its end was known
+                self._forget(message.source.id)
+                yield self._tokens(stream, stream.facts)
 
     def step(self) -> Iterator[Tokens | Failure]:
         """One pass over the slots; -> the streams that it finished."""

@@ -45,8 +45,8 @@ class Rate:
 
 def format_hours(audio_seconds: float) -> str:
     """Seconds of audio for people: `48 s`, `12.5 min`, `3.2 h`."""
-    if audio_seconds < 60:
+    if round(audio_seconds) < 60:
         return f"{audio_seconds:.0f} s"
-    if audio_seconds < 3600:
+    if round(audio_seconds / 60, 1) < 60:
         return f"{audio_seconds / 60:.1f} min"
     return f"{audio_seconds / 3600:,.1f} h"

@@ -1,5 +1,6 @@
 """The one list of stages, built from a config; all of them in this process are the reference for every runner."""
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -103,15 +104,29 @@ class Stages:
 
     def _num_slots(self) -> int:
         slots = self.config.stages.generate.slots
+        decoder = self.checkpoint.decoder
+        bytes_per_slot = 2 * decoder.num_layers * decoder.dim * decoder.context * self._dtype().itemsize
         if slots != "auto":
+            self._require_memory(slots, bytes_per_slot)
             return slots
         if not self.device.startswith("cuda"):
             return _CPU_SLOTS
-        decoder = self.checkpoint.decoder
-        bytes_per_slot = 2 * decoder.num_layers * decoder.dim * decoder.context * self._dtype().itemsize
         weight_bytes = sum(path.stat().st_size for path in self.checkpoint.decoder_files)
         free_bytes = torch.cuda.mem_get_info(self.device)[0] - weight_bytes
         return max(1, min(_MAX_SLOTS, int(free_bytes * _CACHE_SHARE) // bytes_per_slot))
+
+    def _require_memory(self, slots: int, bytes_per_slot: int) -> None:
+        on_gpu = self.device.startswith("cuda")
+        memory = torch.cuda.mem_get_info(self.device)[1] if on_gpu else _physical_memory_bytes()
+        if slots * bytes_per_slot > memory:
+            raise ConfigError(
+                f"stages.generate.slots is {slots}, at {bytes_per_slot / 2**20:.1f} MiB of KV cache each, but this "
+                f"machine has memory for {memory // bytes_per_slot} at most; lower it or use auto"
+            )
+
+
+def _physical_memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def build_stages(config: RunConfig, fetched: Fetched) -> Stages:
@@ -148,13 +163,16 @@ def resolve_device(device: str) -> str:
     """`auto` -> `cuda` if there is a GPU, else `cpu`.
 
     Raises:
-        ConfigError: `cuda` was asked for and there is none.
+        ConfigError: a GPU was asked for that is not there.
     """
-    has_gpu = torch.cuda.is_available()
+    num_gpus = torch.cuda.device_count()
     if device == "auto":
-        return "cuda" if has_gpu else "cpu"
-    if device.startswith("cuda") and not has_gpu:
-        raise ConfigError(f"checkpoint.device is {device}, but torch {torch.__version__} finds no GPU; use cpu or auto")
+        return "cuda" if num_gpus else "cpu"
+    if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= num_gpus:
+        count = f"{num_gpus} GPUs, counted from 0" if num_gpus else "no GPU"
+        raise ConfigError(
+            f"checkpoint.device is {device}, but torch {torch.__version__} finds {count}; use cpu or auto"
+        )
     return device
 
 

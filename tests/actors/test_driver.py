@@ -257,6 +257,11 @@ def test_an_output_made_with_other_settings_is_refused_and_the_difference_named(
         run(corpus, undisturbed, "stages.generate.alignment=bos-replaces-first")
 
 
+def test_other_columns_would_make_parts_that_do_not_fit_together(corpus: Path, undisturbed: Path) -> None:
+    with pytest.raises(ConfigError, match=r"output\.columns: \['tokens'\] there, \[\] now"):
+        run(corpus, undisturbed, "output.columns=[]")
+
+
 def wait_for(condition: Callable[[], bool], *, seconds: float = 90.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from actors.job import JobResult, run_job
 from pipeline.config import RunConfig, load_config
-from pipeline.errors import CheckpointError, ConfigError
+from pipeline.errors import CheckpointError, ConfigError, SystemFailure
 from pipeline.status import Status
 from tests.speech import ROOT
 
@@ -81,6 +81,27 @@ def test_the_settings_of_an_output_are_recorded_without_secrets(tmp_path: Path) 
     with pytest.raises(ConfigError):
         run_job(config, QUIET)
     assert "hunter2" not in config.to_yaml()
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]"])
+def test_a_damaged_record_is_named(tmp_path: Path, text: str) -> None:
+    record = tmp_path / "out" / "_kikitori" / "settings.json"
+    record.parent.mkdir(parents=True)
+    record.write_text(text)
+    with pytest.raises(SystemFailure, match=r"settings\.json is damaged"):
+        run_job(configured(tmp_path), QUIET)
+
+
+def test_a_run_that_is_refused_adds_nothing_to_the_plan(tmp_path: Path) -> None:
+    config = configured(tmp_path)
+    (tmp_path / "out" / "data").mkdir(parents=True)
+    (tmp_path / "out" / "data" / "part-0123456789abcdef.parquet").touch()
+    record = tmp_path / "out" / "_kikitori" / "settings.json"
+    record.parent.mkdir()
+    record.write_text(json.dumps({"settings": {"version": "0.0.1"}}))
+    with pytest.raises(ConfigError, match=r"version: '0\.0\.1' there"):
+        run_job(config, QUIET)
+    assert not (record.parent / "manifest").exists()
 
 
 @pytest.mark.cluster
