@@ -151,6 +151,12 @@ def test_a_first_piece_without_a_mark_of_its_own_is_a_word(tokenizer: Tokenizer)
     assert align(tokenizer, ids_of(tokenizer, "s", "▁fox")).text == "s fox"
 
 
+def test_a_word_without_a_mark_starts_at_its_first_piece(tokenizer: Tokenizer) -> None:
+    """The mark before an earlier word is used up."""
+    words = align(tokenizer, [3] * 50 + ids_of(tokenizer, "WORD", "▁fox", "PAD", "PAD", "▁dog")).words
+    assert words[1].start_seconds == pytest.approx((54 - ORIGIN_FRAMES) / 12.5)
+
+
 def test_a_mark_within_a_word_does_not_split_it(tokenizer: Tokenizer) -> None:
     ids = [3] * 50 + ids_of(tokenizer, "WORD", "▁fox", "WORD", "s", "▁dog")
     assert [word.text for word in align(tokenizer, ids).words] == ["foxs", "dog"]

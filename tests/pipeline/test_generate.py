@@ -1,6 +1,7 @@
 """A stream's tokens depend on its codes alone; every stream comes out once; nothing is pulled before it can be used."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -204,6 +205,18 @@ def test_what_comes_with_the_tokens(tiny_decoder: Decoder) -> None:
     assert (tokens.ids.dtype, tokens.logprobs.dtype) == (np.dtype(np.int32), np.dtype(np.float32))
     assert tokens.ids.shape == tokens.logprobs.shape == (LENGTHS["a"] + 1,)
     assert (tokens.logprobs <= 0).all()
+
+
+def test_only_one_mode_imitates_the_start_and_the_head_of_transformers(tiny_decoder: Decoder) -> None:
+    """Their BOS row changes the first step; their head of one id more leaves less probability to the others."""
+
+    def first_logprob(alignment: Alignment, bos_row: int | None) -> float:
+        stage = GenerateStage(tiny_decoder, replace(SPEECH, hf_bos_row=bos_row), num_slots=1, alignment=alignment)
+        return float(generate(stage, code_pieces("a", codes_of("a")))["a"].logprobs[0])
+
+    own = first_logprob("all-frames", None)
+    assert own == first_logprob("all-frames", 300) == first_logprob("bos-replaces-first", 300)
+    assert own > first_logprob("first-frame-twice", None) != first_logprob("first-frame-twice", 300)
 
 
 def test_sampling_is_reproduced_by_seed_and_source(tiny_decoder: Decoder) -> None:
