@@ -11,7 +11,7 @@ host writes audio ahead of it (`feed`) and reads tokens behind it (`harvest`), a
 Knows slots, not streams: who sits where, and when a stream is over, is the caller's business.
 """
 
-# B slots, T positions of a pass, R places of a slot's ring, K codebooks, D channels, V text ids.
+# B slots, T positions of a pass (in `_text_BT`: of the widest), R places of a slot's ring, K codebooks, D channels.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class Slots:
     Args:
         decoder: the weights.
         num_slots: B.
-        lookahead: T, positions per pass; 1 is plain decoding.
+        lookahead: positions per pass at most; 1 is plain decoding.
         padding_id: the first guess for a position nothing is known about.
         bos_row: row of transformers' shared table fed as the first text token; None for the model's own BOS.
         zero_logit: give the id `text_card` a logit of exactly 0, as the zero row of transformers' `lm_head` does.
@@ -123,14 +123,19 @@ class Slots:
         self._limit_B[slot] = self._fed[slot]
 
     @torch.inference_mode()
-    def step(self) -> None:
-        """One pass: every slot moves by at least one position and at most `lookahead`, as far as it has audio."""
-        first_B = self._cache.position_B
-        position_BT = first_B[:, None] + self._offset_T
+    def step(self, width: int | None = None) -> None:
+        """One pass: every slot moves by at least one position and at most `width`, as far as it has audio.
+
+        Args:
+            width: T, 1 to `lookahead`; `lookahead` if it is not given.
+        """
+        width = self.lookahead if width is None else width
+        first_B, text_BT = self._cache.position_B, self._text_BT[:, :width]
+        position_BT = first_B[:, None] + self._offset_T[:width]
         places_BT = position_BT % self.ring_frames
-        x_BTD = self._audio_BRD[self._row_B1, places_BT] + self._decoder.text_embedding(self._text_BT)
+        x_BTD = self._audio_BRD[self._row_B1, places_BT] + self._decoder.text_embedding(text_BT)
         x_BTD = torch.where((position_BT == 0)[..., None], self._start_D, x_BTD)
-        self._cache.begin(self.lookahead)
+        self._cache.begin(width)
         logits_BTV = self._decoder.logits(self._decoder.hidden(x_BTD, self._cache))
         if self._zero_logit:
             logits_BTV = F.pad(logits_BTV, (0, 1))
@@ -143,20 +148,18 @@ class Slots:
         )
         self._ids_BR[self._row_B1, places_BT] = ids_BT
         self._logprobs_BR[self._row_B1, places_BT] = logprobs_BT
-        accepted_B = self._accepted(ids_BT).minimum(self._limit_B - first_B)
+        # The first token is right; every further one is, as long as the guesses before it were.
+        right_BT = text_BT[:, 1:] == ids_BT[:, :-1]
+        accepted_B = (1 + right_BT.long().cumprod(dim=1).sum(dim=1)).minimum(self._limit_B - first_B)
         self._guess(ids_BT, accepted_B)
         self._cache.advance(accepted_B)
 
-    def _accepted(self, ids_BT: Tensor) -> Tensor:
-        """The first token is right; every further one is, as long as the guesses before it were."""
-        right = self._text_BT[:, 1:] == ids_BT[:, :-1]
-        return 1 + right.long().cumprod(dim=1).sum(dim=1)
-
     def _guess(self, ids_BT: Tensor, accepted_B: Tensor) -> None:
         """Next pass: the last accepted token, then this pass's predictions, then padding (Jacobi iteration)."""
+        width = ids_BT.shape[1]
         index_BT = accepted_B[:, None] - 1 + self._offset_T
-        known = ids_BT.gather(1, index_BT.clamp(0, self.lookahead - 1))
-        following = known.masked_fill(index_BT >= self.lookahead, self._padding_id)
+        known = ids_BT.gather(1, index_BT.clamp(0, width - 1))
+        following = known.masked_fill(index_BT >= width, self._padding_id)
         self._text_BT = torch.where((accepted_B > 0)[:, None], following, self._text_BT)
 
     @torch.inference_mode()
