@@ -76,7 +76,7 @@ class GenerateHost:
     def occupancy(self) -> float:
         """Share of slots that moved, over all passes so far."""
         stage = self._stage
-        return stage.slot_steps / (stage.passes * stage.num_slots) if stage.passes else 0.0
+        return stage.slot_passes / (stage.passes * stage.num_slots) if stage.passes else 0.0
 
     def stop(self) -> None:
         """End the thread after the pass it is in; streams that are not finished get no result."""

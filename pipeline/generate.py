@@ -1,4 +1,4 @@
-"""Codes -> Tokens: streams come and go in the decoder's slots; every pass moves all of them one frame.
+"""Codes -> Tokens: streams come and go in the decoder's slots; every pass moves all of them.
 
 `accept` and `step` are the whole of it. `run` drives them from an iterator; an actor drives them from its inbox.
 """
@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from models.config import SpeechConfig
 from models.decoder import Decoder
-from models.slots import Slots
-from pipeline.config import Alignment
+from models.slots import Harvest, Slots
+from pipeline.config import Alignment, Auto
+from pipeline.lookahead import WIDTHS, Lookahead
 from pipeline.messages import AudioFacts, Codes, Failure, Source, Tokens
 
 
@@ -41,25 +42,51 @@ class _Stream:
     """A stream that has arrived, waiting for a slot or sitting in one."""
 
     source: Source
-    pieces: deque[NDArray[np.int16]] = field(default_factory=deque)  # codes [T, K], oldest first
-    cursor: int = 0  # frames of the first piece already stepped
-    num_pending: int = 0  # frames that have come and are still to be stepped
-    to_skip: int = 0
+    to_skip: int
+    held_back: int  # columns that must not be used before it is known that others follow
+    pieces: deque[NDArray[np.int16]] = field(default_factory=deque)  # codes [K, T], oldest first
+    num_waiting: int = 0  # columns in `pieces`
     facts: AudioFacts | None = None  # known when the last piece has come
-    begun: bool = False  # the BOS step is done
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
+    num_fed: int = 0  # positions given to the slot, the BOS step included
+    num_emitted: int = 0
+    harvests: list[Harvest] = field(default_factory=list)
     kept: list[NDArray[np.int16]] = field(default_factory=list)
 
-    def next_column(self) -> NDArray[np.int16]:
-        """The codes `[K]` of the next frame."""
-        column = self.pieces[0][self.cursor]
-        self.cursor += 1
-        self.num_pending -= 1
-        if self.cursor == len(self.pieces[0]):
-            self.pieces.popleft()
-            self.cursor = 0
-        return column
+    @property
+    def num_feedable(self) -> int:
+        """Columns that the slot may have now."""
+        return max(0, self.num_waiting - self.held_back)
+
+    @property
+    def num_pending(self) -> int:
+        """Positions that have come and are still to be stepped."""
+        return self.num_feedable + self.num_fed - self.num_emitted
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether everything there will ever be has been emitted."""
+        return self.facts is not None and self.num_pending == 0
+
+    def put(self, codes_KT: NDArray[np.int16]) -> None:
+        """Take columns in."""
+        skip = min(self.to_skip, codes_KT.shape[1])
+        self.to_skip -= skip
+        if codes_KT.shape[1] > skip:
+            self.pieces.append(codes_KT[:, skip:])
+            self.num_waiting += codes_KT.shape[1] - skip
+
+    def take(self, count: int) -> NDArray[np.int16]:
+        """The next `count` columns, `[K, count]`."""
+        self.num_waiting -= count
+        self.num_fed += count
+        taken: list[NDArray[np.int16]] = []
+        while count:
+            piece = self.pieces.popleft()
+            if piece.shape[1] > count:
+                self.pieces.appendleft(piece[:, count:])
+            taken.append(piece[:, :count])
+            count -= taken[-1].shape[1]
+        return np.concatenate(taken, axis=1)
 
 
 class GenerateStage:
@@ -69,6 +96,8 @@ class GenerateStage:
         decoder: the weights.
         speech: the checkpoint's special ids.
         num_slots: streams per pass.
+        lookahead: positions of a stream per pass, or auto: as many as pay, found out while working. Changes speed,
+            never a token.
         alignment: which frames follow BOS; see `_SCHEDULES`.
         temperature: 0 for greedy.
         seed: with a temperature, streams are sampled alike for the same seed and source.
@@ -81,15 +110,19 @@ class GenerateStage:
         speech: SpeechConfig,
         *,
         num_slots: int,
+        lookahead: int | Auto = 1,
         alignment: Alignment = "all-frames",
         temperature: float = 0.0,
         seed: int = 0,
         keep_codes: bool = False,
     ) -> None:
+        self._lookahead = Lookahead() if lookahead == "auto" else Lookahead((lookahead,))
         like_transformers = alignment == "first-frame-twice"
         self._slots = Slots(
             decoder,
             num_slots,
+            lookahead=max(WIDTHS) if lookahead == "auto" else lookahead,
+            padding_id=speech.padding_id,
             bos_row=speech.hf_bos_row if like_transformers else None,
             zero_logit=like_transformers,
             temperature=temperature,
@@ -98,13 +131,15 @@ class GenerateStage:
         self._schedule = _SCHEDULES[alignment]
         self._seed, self._keep_codes = seed, keep_codes
         self._device = decoder.device
+        # The BOS step takes the place of a column whose codes are not looked at.
+        self._bos_column_K1 = np.zeros((decoder.config.num_codebooks, 1), dtype=np.int16)
         self._streams: dict[str, _Stream] = {}
         self._waiting: deque[str] = deque()
         self._seated: list[str | None] = [None] * num_slots
-        self._codes_BK = np.zeros((num_slots, decoder.config.num_codebooks), dtype=np.int16)
         self.num_slots = num_slots
         self.passes = 0
-        self.slot_steps = 0  # slots moved, over all passes; divided by passes and slots: the occupancy
+        self.slot_passes = 0  # slots that moved, over all passes; divided by passes and slots: the occupancy
+        self.positions = 0  # tokens emitted; divided by slot_passes: what look-ahead gains
 
     @property
     def num_waiting(self) -> int:
@@ -120,7 +155,7 @@ class GenerateStage:
         """Frames of these streams still to be stepped; None if one of them has a slot and waits for its next piece."""
         found = (self._streams.get(key) for key in source_ids)
         streams = [stream for stream in found if stream is not None]
-        if any(stream.begun and self._is_dry(stream) for stream in streams):
+        if any(stream.num_fed and self._is_dry(stream) for stream in streams):
             return None
         return sum(stream.num_pending for stream in streams)
 
@@ -132,9 +167,9 @@ class GenerateStage:
 
     def can_step(self) -> bool:
         """Whether a pass would move at least one stream."""
-        return bool(self._waiting) or any(
-            key is not None and not self._is_dry(self._streams[key]) for key in self._seated
-        )
+        if self._waiting and None in self._seated:
+            return True
+        return any(key is not None and not self._is_dry(self._streams[key]) for key in self._seated)
 
     def accept(self, message: Codes | Failure) -> Iterator[Tokens | Failure]:
         """Take in one message; a failure ends its stream and is passed on."""
@@ -142,34 +177,39 @@ class GenerateStage:
             self._forget(message.source.id)
             yield message
             return
-        stream = self._streams.get(message.source.id)
-        if stream is None:
-            stream = _Stream(source=message.source, to_skip=self._schedule.skipped)
-            self._streams[message.source.id] = stream
-            self._waiting.append(message.source.id)
-        self._take_codes(stream, message.codes)
+        stream = self._streams.get(message.source.id) or self._new_stream(message.source)
+        stream.put(message.codes)
+        if self._keep_codes:
+            stream.kept.append(message.codes)
         if message.is_last:
             stream.facts = message.facts or AudioFacts()
-            stream.num_pending -= self._schedule.held_back  # the last columns stay where they are, unread
-            if stream.begun and stream.num_pending <= 0:  # the last of it was stepped before its end was known
-                self._forget(message.source.id)
-                yield self._tokens(stream, stream.facts)
+            # The last columns stay where they are, unread. What precedes them may be used from now on.
+            stream.num_waiting = max(stream.num_waiting - stream.held_back, 1 - stream.num_fed)
+            stream.held_back = 0
+            if stream.is_finished:  # the last of it was stepped before its end was known
+                yield self._finish(stream)
 
     def step(self) -> Iterator[Tokens | Failure]:
         """One pass over the slots; -> the streams that it finished."""
         self._seat()
-        active = [key is not None and not self._is_dry(self._streams[key]) for key in self._seated]
-        if not any(active):
+        seated = [(slot, self._streams[key]) for slot, key in enumerate(self._seated) if key is not None]
+        for slot, stream in seated:
+            self._feed(slot, stream)
+        active = [(slot, stream) for slot, stream in seated if stream.num_fed > stream.num_emitted]
+        if not active:
             return
-        for slot, key in enumerate(self._seated):
-            if active[slot] and key is not None and self._streams[key].begun:
-                self._codes_BK[slot] = self._streams[key].next_column()
-        ids_B, logprobs_B = self._slots.step(
-            torch.from_numpy(self._codes_BK).to(self._device), torch.tensor(active, device=self._device)
-        )
+        self._slots.step(self._lookahead.begin())
+        harvests = self._slots.harvest([slot for slot, _ in active])
+        num_tokens = sum(len(harvest.ids) for harvest in harvests)
+        self._lookahead.end(num_tokens)
         self.passes += 1
-        self.slot_steps += sum(active)
-        yield from self._collect(active, ids_B.tolist(), logprobs_B.tolist())
+        self.slot_passes += len(active)
+        self.positions += num_tokens
+        for (_, stream), harvest in zip(active, harvests, strict=True):
+            stream.harvests.append(harvest)
+            stream.num_emitted += len(harvest.ids)
+            if stream.is_finished:
+                yield self._finish(stream)
 
     def run(self, inbox: Iterable[Codes | Failure]) -> Iterator[Tokens | Failure]:
         """Pull from `inbox` whenever a slot would otherwise stand empty, until everything is finished."""
@@ -183,22 +223,18 @@ class GenerateStage:
                     yield from self.accept(message)
             yield from self.step()
 
-    def _take_codes(self, stream: _Stream, codes_KT: NDArray[np.int16]) -> None:
-        if self._keep_codes:
-            stream.kept.append(codes_KT)
-        skip = min(stream.to_skip, codes_KT.shape[1])
-        stream.to_skip -= skip
-        if codes_KT.shape[1] > skip:
-            stream.pieces.append(np.ascontiguousarray(codes_KT.T[skip:]))
-            stream.num_pending += codes_KT.shape[1] - skip
+    def _new_stream(self, source: Source) -> _Stream:
+        schedule = self._schedule
+        stream = _Stream(source=source, to_skip=0, held_back=schedule.held_back)
+        stream.put(self._bos_column_K1)
+        stream.to_skip = schedule.skipped
+        self._streams[source.id] = stream
+        self._waiting.append(source.id)
+        return stream
 
     def _is_dry(self, stream: _Stream) -> bool:
         """Whether the stream cannot move before its next piece comes."""
-        if not stream.begun:
-            return False
-        if stream.facts is not None:
-            return False  # complete: a stream with nothing left is removed, never left sitting
-        return stream.num_pending <= self._schedule.held_back
+        return stream.facts is None and stream.num_pending == 0
 
     def _seat(self) -> None:
         for slot, key in enumerate(self._seated):
@@ -207,24 +243,22 @@ class GenerateStage:
                 self._seated[slot] = key
                 self._slots.start(slot, seed=_stream_seed(self._seed, key))
 
-    def _collect(self, active: list[bool], ids: list[int], logprobs: list[float]) -> Iterator[Tokens]:
-        for slot, key in enumerate(self._seated):
-            if not active[slot] or key is None:
-                continue
-            stream = self._streams[key]
-            stream.begun = True
-            stream.ids.append(ids[slot])
-            stream.logprobs.append(logprobs[slot])
-            if stream.facts is not None and stream.num_pending <= 0:
-                self._forget(key)
-                yield self._tokens(stream, stream.facts)
+    def _feed(self, slot: int, stream: _Stream) -> None:
+        """Write audio ahead, many frames at a time: it is embedded in one call."""
+        ahead = stream.num_fed - stream.num_emitted
+        count = min(stream.num_feedable, self._slots.room(slot))
+        if count and ahead < 2 * self._slots.lookahead:
+            codes_KT = torch.from_numpy(stream.take(count)).to(self._device)
+            self._slots.feed(slot, codes_KT)
 
-    def _tokens(self, stream: _Stream, facts: AudioFacts) -> Tokens:
+    def _finish(self, stream: _Stream) -> Tokens:
+        self._forget(stream.source.id)
+        assert stream.facts is not None
         return Tokens(
             source=stream.source,
-            facts=facts,
-            ids=np.asarray(stream.ids, dtype=np.int32),
-            logprobs=np.asarray(stream.logprobs, dtype=np.float32),
+            facts=stream.facts,
+            ids=np.concatenate([harvest.ids for harvest in stream.harvests]),
+            logprobs=np.concatenate([harvest.logprobs for harvest in stream.harvests]),
             codes=np.concatenate(stream.kept, axis=1) if self._keep_codes else None,
         )
 

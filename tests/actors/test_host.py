@@ -78,9 +78,9 @@ def test_the_death_of_the_engine_is_reported_and_nothing_more_is_taken(
     wrong = Codes(source=piece.source, codes=piece.codes[:3], is_last=True)  # three codebooks instead of eight
     host.expect(piece.source.id, lambda _: pytest.fail("there can be no result"))
     host.put([wrong])
-    assert "broadcast" in str(deaths.get(timeout=30))
+    assert "must match" in str(deaths.get(timeout=30))
     host.stop()
-    with pytest.raises(ModelFailure, match="broadcast"):
+    with pytest.raises(ModelFailure, match="must match"):
         host.put([piece])
 
 

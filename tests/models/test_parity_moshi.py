@@ -146,7 +146,7 @@ def test_bos_replaces_first_is_plain_stepping(
 def test_slots_that_pause_and_change_hands(
     their_lm: LMModel, tiny_checkpoint: Checkpoint, ring_mimi: MimiEncoder
 ) -> None:
-    """Their execution mask and row reset against our `active` and `start`, step by step over three slots."""
+    """Their execution mask and row reset against our `feed` and `start`, step by step over three slots."""
     decoder, rng = tiny_checkpoint.load_decoder(), torch.Generator().manual_seed(5)
     codes = torch.cat([ring_mimi.encode(audio(seed)) for seed in range(3)])
     generator, slots = LMGen(their_lm, use_sampling=False, support_out_of_sync=True), Slots(decoder, 3)
@@ -158,8 +158,11 @@ def test_slots_that_pause_and_change_hands(
                 slots.start(1)
             generator.set_exec_mask(active)
             theirs = generator.step(codes[..., step : step + 1])[:, 0, 0]
-            ours, _ = slots.step(codes[..., step], active)
-            assert torch.equal(ours[active], theirs[active])
+            for slot in active.nonzero().flatten().tolist():
+                slots.feed(slot, codes[slot, :, step : step + 1])
+            slots.step()
+            ours = [harvest.ids.tolist() for harvest in slots.harvest(range(3))]
+            assert ours == [[int(theirs[slot])] if active[slot] else [] for slot in range(3)]
 
 
 def test_pauses_are_their_extra_heads(their_lm: LMModel, tiny_checkpoint: Checkpoint, ring_mimi: MimiEncoder) -> None:

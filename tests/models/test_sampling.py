@@ -18,8 +18,8 @@ def draws(logits_V: Tensor, *, temperature: float, top_k: int | None = None, see
         logits_V.expand(NUM_DRAWS, -1),
         temperature=temperature,
         top_k=top_k,
-        seed_B=torch.full_like(steps, seed),
-        step_B=steps,
+        seed=torch.full_like(steps, seed),
+        step=steps,
     )
     return ids
 
@@ -42,9 +42,7 @@ def test_draws_follow_the_softmax(temperature: float, seed: int) -> None:
 def test_draws_over_streams_follow_the_softmax_too() -> None:
     """As above, over the first step of twenty thousand streams."""
     logits, seeds = torch.linspace(-1, 1, 10), torch.arange(NUM_DRAWS) * 977
-    ids, _ = choose(
-        logits.expand(NUM_DRAWS, -1), temperature=1.0, top_k=None, seed_B=seeds, step_B=torch.zeros_like(seeds)
-    )
+    ids, _ = choose(logits.expand(NUM_DRAWS, -1), temperature=1.0, top_k=None, seed=seeds, step=torch.zeros_like(seeds))
     assert chi_square(ids, logits.softmax(-1)) < 45
 
 
@@ -74,13 +72,13 @@ def test_top_k_of_one_or_of_everything() -> None:
 
 def test_a_stream_is_drawn_alike_in_any_row_of_any_batch() -> None:
     logits, seeds, steps = torch.randn(40, 30), torch.arange(40) * 12345, torch.arange(40) % 7
-    together, _ = choose(logits, temperature=1.3, top_k=9, seed_B=seeds, step_B=steps)
+    together, _ = choose(logits, temperature=1.3, top_k=9, seed=seeds, step=steps)
     order = torch.randperm(40)
-    shuffled, _ = choose(logits[order], temperature=1.3, top_k=9, seed_B=seeds[order], step_B=steps[order])
+    shuffled, _ = choose(logits[order], temperature=1.3, top_k=9, seed=seeds[order], step=steps[order])
     assert torch.equal(shuffled, together[order])
     for row in range(40):
         one = slice(row, row + 1)
-        alone, _ = choose(logits[one], temperature=1.3, top_k=9, seed_B=seeds[one], step_B=steps[one])
+        alone, _ = choose(logits[one], temperature=1.3, top_k=9, seed=seeds[one], step=steps[one])
         assert alone == together[row]
 
 
@@ -95,7 +93,7 @@ def test_streams_and_steps_differ() -> None:
 def test_greedy_takes_the_best_and_the_lowest_of_equals() -> None:
     logits = torch.tensor([[0.0, 3.0, 3.0, 1.0], [5.0, 5.0, 5.0, 5.0], [-2.0, -3.0, -1.0, -1.0]])
     nothing = torch.zeros(3, dtype=torch.int64)
-    ids, logprobs = choose(logits, temperature=0.0, top_k=1, seed_B=nothing, step_B=nothing)
+    ids, logprobs = choose(logits, temperature=0.0, top_k=1, seed=nothing, step=nothing)
     assert ids.tolist() == [1, 0, 2]
     torch.testing.assert_close(logprobs, logits.log_softmax(-1).amax(-1))
 
@@ -104,7 +102,7 @@ def test_greedy_takes_the_best_and_the_lowest_of_equals() -> None:
 def test_log_probabilities_are_those_of_the_plain_softmax(temperature: float) -> None:
     """Confidence means the same at any temperature."""
     logits, seeds = torch.randn(20, 8), torch.arange(20)
-    ids, logprobs = choose(logits, temperature=temperature, top_k=4, seed_B=seeds, step_B=seeds)
+    ids, logprobs = choose(logits, temperature=temperature, top_k=4, seed=seeds, step=seeds)
     torch.testing.assert_close(logprobs, logits.log_softmax(-1)[range(20), ids])
 
 

@@ -1,5 +1,6 @@
-"""A slot's stream is decoded as if it were alone: slot, neighbours, predecessor and pauses do not show."""
+"""A slot's stream is decoded as if alone and one position at a time: neighbours, pauses, look-ahead do not show."""
 
+import random
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ from models.slots import Slots
 from tests.tiny import AUDIO_CARD, CONTEXT, NUM_CODEBOOKS, TEXT_CARD, write_original
 
 NUM_FRAMES = 4 * CONTEXT
-ALWAYS = torch.ones(1, dtype=torch.bool)
 SAMPLED = {"temperature": 0.9, "top_k": 20}
+LOOKAHEADS = [1, 2, 3, 4, 7, 8, 16, 32]
 
 
 def streams(count: int, num_frames: int = NUM_FRAMES) -> Tensor:
@@ -22,76 +23,161 @@ def streams(count: int, num_frames: int = NUM_FRAMES) -> Tensor:
     return torch.stack([torch.randint(AUDIO_CARD, (NUM_CODEBOOKS, num_frames), generator=rng) for _ in range(count)])
 
 
+class Decoding:
+    """Streams on their way through slots; collects what each slot has emitted."""
+
+    def __init__(self, slots: Slots) -> None:
+        self.slots = slots
+        self.ids: dict[int, list[int]] = {}
+        self.logprobs: dict[int, list[float]] = {}
+
+    def start(self, slot: int, *, seed: int = 0) -> None:
+        self.slots.start(slot, seed=seed)
+        self.ids[slot], self.logprobs[slot] = [], []
+
+    def step(self) -> None:
+        self.slots.step()
+        for slot, harvest in zip(self.ids, self.slots.harvest(list(self.ids)), strict=True):
+            self.ids[slot] += harvest.ids.tolist()
+            self.logprobs[slot] += harvest.logprobs.tolist()
+
+    def finish(self, slot: int, codes_KT: Tensor) -> None:
+        """Feed the rest of a stream as there is room for it, and step until all of it is emitted."""
+        total = len(self.ids[slot]) + codes_KT.shape[1]
+        while len(self.ids[slot]) < total:
+            count = min(self.slots.room(slot), codes_KT.shape[1])
+            self.slots.feed(slot, codes_KT[:, :count])
+            codes_KT = codes_KT[:, count:]
+            self.step()
+
+
 def alone(decoder: Decoder, codes_KT: Tensor, *, seed: int = 0, **options: object) -> tuple[list[int], list[float]]:
-    slots = Slots(decoder, 1, **options)
-    slots.start(0, seed=seed)
-    steps = [slots.step(codes_KT[None, :, t], ALWAYS) for t in range(codes_KT.shape[1])]
-    return [int(ids) for ids, _ in steps], [float(logprobs) for _, logprobs in steps]
+    decoding = Decoding(Slots(decoder, 1, **options))
+    decoding.start(0, seed=seed)
+    decoding.finish(0, codes_KT)
+    return decoding.ids[0], decoding.logprobs[0]
 
 
+@pytest.mark.parametrize("lookahead", LOOKAHEADS)
 @pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
-def test_together_equals_alone(tiny_decoder: Decoder, options: dict[str, float]) -> None:
+@pytest.mark.parametrize("num_frames", [1, 2, CONTEXT + 1, NUM_FRAMES, 300])
+def test_look_ahead_changes_no_token(
+    tiny_decoder: Decoder, lookahead: int, options: dict[str, float], num_frames: int
+) -> None:
+    """300 positions are also more than the ring of audio and tokens holds."""
+    codes = streams(1, num_frames)[0]
+    ids, logprobs = alone(tiny_decoder, codes, seed=3, lookahead=lookahead, ring_frames=128, **options)
+    plain_ids, plain_logprobs = alone(tiny_decoder, codes, seed=3, **options)
+    assert ids == plain_ids
+    # Not equal bit for bit: a product of many rows groups its sums otherwise than one of one row.
+    assert logprobs == pytest.approx(plain_logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("lookahead", LOOKAHEADS)
+def test_guesses_that_are_all_right_are_all_taken(tiny_original: Path, lookahead: int) -> None:
+    decoder = open_checkpoint(tiny_original).load_decoder()
+    decoder.text_head.weight.zero_()  # every logit is 0, and the lowest of equals wins
+    decoding = Decoding(Slots(decoder, 1, lookahead=lookahead, padding_id=0))
+    decoding.start(0)
+    decoding.slots.feed(0, streams(1)[0])
+    for _ in range(-(-NUM_FRAMES // lookahead)):
+        decoding.step()
+    assert decoding.ids[0] == [0] * NUM_FRAMES
+
+
+@pytest.mark.parametrize("lookahead", LOOKAHEADS)
+def test_guesses_that_are_all_wrong_cost_no_token(tiny_original: Path, lookahead: int) -> None:
+    """Every logit is 0, so id 0 is always emitted, but a guess of padding is never right, and no prediction either."""
+    decoder = open_checkpoint(tiny_original).load_decoder()
+    decoder.text_head.weight.zero_()
+    decoding = Decoding(Slots(decoder, 1, lookahead=lookahead, padding_id=5))
+    decoding.start(0)
+    decoding.slots.feed(0, streams(1)[0])
+    decoding.step()
+    assert decoding.ids[0] == [0]  # only the first token of the first pass is certain
+    decoding.step()
+    assert decoding.ids[0] == [0] * (1 + lookahead)  # now the first pass's predictions are the guesses
+
+
+@pytest.mark.parametrize("lookahead", [1, 5])
+@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
+def test_together_equals_alone(tiny_decoder: Decoder, options: dict[str, float], lookahead: int) -> None:
     codes = streams(5)
-    slots = Slots(tiny_decoder, 5, **options)
+    decoding = Decoding(Slots(tiny_decoder, 5, lookahead=lookahead, **options))
     for slot in range(5):
-        slots.start(slot, seed=100 + slot)
-    steps = [slots.step(codes[:, :, t], torch.ones(5, dtype=torch.bool)) for t in range(NUM_FRAMES)]
+        decoding.start(slot, seed=100 + slot)
+        decoding.slots.feed(slot, codes[slot])
+    for _ in range(NUM_FRAMES):
+        decoding.step()
     for slot in range(5):
         ids, logprobs = alone(tiny_decoder, codes[slot], seed=100 + slot, **options)
-        assert [int(step[0][slot]) for step in steps] == ids
-        # Not equal bit for bit: a product of five rows groups its sums otherwise than one of one row.
-        together = [float(step[1][slot]) for step in steps]
-        assert together == pytest.approx(logprobs, abs=1e-4)
+        assert decoding.ids[slot] == ids
+        assert decoding.logprobs[slot] == pytest.approx(logprobs, abs=1e-4)
 
 
 @pytest.mark.parametrize("slot", range(4))
-def test_any_slot_is_as_good_as_any_other(tiny_decoder: Decoder, slot: int) -> None:
+@pytest.mark.parametrize("lookahead", [1, 4])
+def test_any_slot_is_as_good_as_any_other(tiny_decoder: Decoder, slot: int, lookahead: int) -> None:
     codes, others = streams(1)[0], streams(4)
-    slots, active = Slots(tiny_decoder, 4), torch.ones(4, dtype=torch.bool)
     others[slot] = codes
-    ids = [int(slots.step(others[:, :, t], active)[0][slot]) for t in range(NUM_FRAMES)]
-    assert ids == alone(tiny_decoder, codes)[0]
+    decoding = Decoding(Slots(tiny_decoder, 4, lookahead=lookahead))
+    for index in range(4):
+        decoding.start(index)
+        decoding.slots.feed(index, others[index])
+    decoding.finish(slot, codes[:, :0])
+    for _ in range(NUM_FRAMES):
+        decoding.step()
+    assert decoding.ids[slot] == alone(tiny_decoder, codes)[0]
 
 
 @pytest.mark.parametrize("used", [1, CONTEXT - 1, CONTEXT, 2 * CONTEXT + 3])
+@pytest.mark.parametrize("lookahead", [1, 6])
 @pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
-def test_a_slot_started_anew_is_a_fresh_slot(tiny_decoder: Decoder, used: int, options: dict[str, float]) -> None:
+def test_a_slot_started_anew_is_a_fresh_slot(
+    tiny_decoder: Decoder, used: int, lookahead: int, options: dict[str, float]
+) -> None:
     codes = streams(3)
-    slots, both = Slots(tiny_decoder, 2, **options), torch.ones(2, dtype=torch.bool)
-    slots.start(0, seed=1)
-    slots.start(1, seed=2)
-    kept = [int(slots.step(codes[:2, :, t], both)[0][0]) for t in range(used)]
-    slots.start(1, seed=3)
-    new = []
-    for t in range(used, NUM_FRAMES):
-        ids, _ = slots.step(torch.stack([codes[0, :, t], codes[2, :, t - used]]), both)
-        kept.append(int(ids[0]))
-        new.append(int(ids[1]))
-    assert kept == alone(tiny_decoder, codes[0], seed=1, **options)[0]
-    assert new == alone(tiny_decoder, codes[2], seed=3, **options)[0][: len(new)]
+    decoding = Decoding(Slots(tiny_decoder, 2, lookahead=lookahead, **options))
+    decoding.start(0, seed=1)
+    decoding.start(1, seed=2)
+    decoding.slots.feed(0, codes[0])
+    decoding.finish(1, codes[1, :, :used])
+    decoding.start(1, seed=3)
+    decoding.finish(1, codes[2])
+    for _ in range(NUM_FRAMES):
+        decoding.step()
+    assert decoding.ids[0] == alone(tiny_decoder, codes[0], seed=1, **options)[0]
+    assert decoding.ids[1] == alone(tiny_decoder, codes[2], seed=3, **options)[0]
 
 
-@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
-def test_a_slot_that_waits_does_not_change(tiny_decoder: Decoder, options: dict[str, float]) -> None:
-    """Whatever codes lie in it meanwhile, also before its BOS step and while its neighbour turns the ring."""
-    codes, rng = streams(2), torch.Generator().manual_seed(3)
-    slots, at, ids = Slots(tiny_decoder, 2, **options), [0, 0], ([], [])
-    slots.start(0, seed=1)
-    slots.start(1, seed=2)
-    for step in range(3 * NUM_FRAMES):
-        active = torch.tensor([step >= 20, True]) & (torch.rand(2, generator=rng) < 0.6)
-        active &= torch.tensor(at) < NUM_FRAMES
-        column = torch.randint(AUDIO_CARD, (2, NUM_CODEBOOKS), generator=rng)
-        for slot in (0, 1):
-            if active[slot]:
-                column[slot] = codes[slot, :, at[slot]]
-        out, _ = slots.step(column, active)
-        for slot in (0, 1):
-            if active[slot]:
-                ids[slot].append(int(out[slot]))
-                at[slot] += 1
-    for slot in (0, 1):
-        assert ids[slot] == alone(tiny_decoder, codes[slot], seed=slot + 1, **options)[0]
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("lookahead", [1, 2, 5, 9])
+def test_it_does_not_matter_when_audio_comes(tiny_decoder: Decoder, seed: int, lookahead: int) -> None:
+    """A slot that waits does not change, also before its BOS step and while its neighbours turn their rings."""
+    codes, rng = streams(3), random.Random(seed)
+    decoding = Decoding(Slots(tiny_decoder, 3, lookahead=lookahead, ring_frames=4 * lookahead))
+    fed = [0, 0, 0]
+    for slot in range(3):
+        decoding.start(slot, seed=slot)
+    while min(len(ids) for ids in decoding.ids.values()) < NUM_FRAMES:
+        slot = rng.randrange(3)
+        count = rng.randint(0, min(decoding.slots.room(slot), NUM_FRAMES - fed[slot]))
+        decoding.slots.feed(slot, codes[slot, :, fed[slot] : fed[slot] + count])
+        fed[slot] += count
+        for _ in range(rng.randrange(4)):
+            decoding.step()
+    for slot in range(3):
+        assert decoding.ids[slot] == alone(tiny_decoder, codes[slot])[0]
+
+
+def test_more_audio_than_there_is_room_for_is_refused(tiny_decoder: Decoder) -> None:
+    slots = Slots(tiny_decoder, 2, lookahead=4, ring_frames=32)
+    slots.start(1)
+    assert slots.room(1) == 28
+    with pytest.raises(ValueError, match="slot 1 has room for 28"):
+        slots.feed(1, streams(1)[0][:, :29])
+    with pytest.raises(ValueError, match="too short"):
+        Slots(tiny_decoder, 2, lookahead=20, ring_frames=32)
 
 
 def test_seeds_make_a_difference(tiny_decoder: Decoder) -> None:

@@ -164,7 +164,7 @@ def test_slots_are_kept_busy(tiny_decoder: Decoder) -> None:
     stage = GenerateStage(tiny_decoder, SPEECH, num_slots=2)
     generate(stage, (piece for name in LENGTHS for piece in code_pieces(name, codes_of(name))))
     steps = sum(LENGTHS.values()) + len(LENGTHS)
-    assert stage.slot_steps == steps
+    assert stage.slot_passes == steps
     assert stage.passes <= steps / 2 + max(LENGTHS.values()) / 2 + 1
 
 
