@@ -11,7 +11,7 @@ host writes audio ahead of it (`feed`) and reads tokens behind it (`harvest`), a
 Knows slots, not streams: who sits where, and when a stream is over, is the caller's business.
 """
 
-# B slots, T positions of a pass (in `_text_BT`: of the widest), R places of a slot's ring, K codebooks, D channels.
+# B slots, T positions of a pass, R places of a slot's ring, K codebooks, D channels.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class Slots:
         temperature: 0 for greedy. Sampling is exact under look-ahead too: its noise is a function of stream and
             position, so a drawn token is as determined as a greedy one.
         top_k: with a temperature, how many of the best ids may be drawn.
-        ring_frames: R, how far the host may be ahead of or behind the device.
+        ring_frames: R, how far the host may be ahead of or behind the device; 256 or more if it is not given.
     """
 
     def __init__(
@@ -61,8 +61,9 @@ class Slots:
         zero_logit: bool = False,
         temperature: float = 0.0,
         top_k: int | None = None,
-        ring_frames: int = 256,
+        ring_frames: int | None = None,
     ) -> None:
+        ring_frames = max(256, 4 * lookahead) if ring_frames is None else ring_frames
         if ring_frames < 2 * lookahead:
             raise ValueError(f"a ring of {ring_frames} frames is too short for passes of {lookahead}")
         self.num_slots, self.lookahead, self.ring_frames = num_slots, lookahead, ring_frames
@@ -123,19 +124,14 @@ class Slots:
         self._limit_B[slot] = self._fed[slot]
 
     @torch.inference_mode()
-    def step(self, width: int | None = None) -> None:
-        """One pass: every slot moves by at least one position and at most `width`, as far as it has audio.
-
-        Args:
-            width: T, 1 to `lookahead`; `lookahead` if it is not given.
-        """
-        width = self.lookahead if width is None else width
-        first_B, text_BT = self._cache.position_B, self._text_BT[:, :width]
-        position_BT = first_B[:, None] + self._offset_T[:width]
+    def step(self) -> None:
+        """One pass: every slot moves by at least one position and at most `lookahead`, as far as it has audio."""
+        first_B, text_BT = self._cache.position_B, self._text_BT
+        position_BT = first_B[:, None] + self._offset_T
         places_BT = position_BT % self.ring_frames
         x_BTD = self._audio_BRD[self._row_B1, places_BT] + self._decoder.text_embedding(text_BT)
         x_BTD = torch.where((position_BT == 0)[..., None], self._start_D, x_BTD)
-        self._cache.begin(width)
+        self._cache.begin(self.lookahead)
         logits_BTV = self._decoder.logits(self._decoder.hidden(x_BTD, self._cache))
         if self._zero_logit:
             logits_BTV = F.pad(logits_BTV, (0, 1))
@@ -156,10 +152,9 @@ class Slots:
 
     def _guess(self, ids_BT: Tensor, accepted_B: Tensor) -> None:
         """Next pass: the last accepted token, then this pass's predictions, then padding (Jacobi iteration)."""
-        width = ids_BT.shape[1]
         index_BT = accepted_B[:, None] - 1 + self._offset_T
-        known = ids_BT.gather(1, index_BT.clamp(0, width - 1))
-        following = known.masked_fill(index_BT >= width, self._padding_id)
+        known = ids_BT.gather(1, index_BT.clamp(0, self.lookahead - 1))
+        following = known.masked_fill(index_BT >= self.lookahead, self._padding_id)
         self._text_BT = torch.where((accepted_B > 0)[:, None], following, self._text_BT)
 
     @torch.inference_mode()

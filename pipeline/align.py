@@ -21,6 +21,9 @@ _SHIFT_FRAMES: dict[Alignment, int] = {"all-frames": 0, "bos-replaces-first": 1,
 # where a pause follows. Kyutai's own script caps the last word alike (one second, 12.5 frames).
 MAX_WORD_SECONDS = 1.0
 
+# Of probabilities: what is beyond them differs with the number of slots, as sums are grouped differently.
+_DIGITS = 4
+
 
 @dataclass(slots=True)
 class _Word:
@@ -61,7 +64,7 @@ class AlignStage:
 
     def _avg_logprob(self, tokens: Tokens) -> float | None:
         spoken = tokens.logprobs[tokens.ids != self._speech.padding_id]
-        return float(spoken.mean()) if len(spoken) else None
+        return round(float(spoken.mean()), _DIGITS) if len(spoken) else None
 
     def _words(self, tokens: Tokens) -> Iterator[Word]:
         groups = [group for group in self._groups(tokens) if self._tokenizer.decode(group.ids)]
@@ -75,7 +78,7 @@ class AlignStage:
                 text=self._tokenizer.decode(group.ids),
                 start_seconds=start,
                 end_seconds=max(start, min(until, start + longest, latest)),
-                confidence=math.exp(sum(group.logprobs) / len(group.logprobs)),
+                confidence=round(math.exp(sum(group.logprobs) / len(group.logprobs)), _DIGITS),
             )
 
     def _groups(self, tokens: Tokens) -> Iterator[_Word]:

@@ -81,7 +81,8 @@ class GenerateConfig(_Section):
 
     gpus: float = Field(default=0.8, ge=0)
     slots: Auto | PositiveInt = "auto"  # streams that share one pass over the weights
-    lookahead: Auto | PositiveInt = "auto"
+    # Frames of a stream per pass, guessed and verified: changes speed, never a token. auto: what pays, by measurement.
+    lookahead: Auto | Annotated[int, Field(ge=1, le=256)] = "auto"
     temperature: float = Field(default=0.0, ge=0)
     seed: int = 0
     alignment: Alignment = "all-frames"

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from models.config import SpeechConfig
 from models.decoder import Decoder
 from models.slots import Harvest, Slots
-from pipeline.config import Alignment, Auto
-from pipeline.lookahead import WIDTHS, Lookahead
+from pipeline.config import Alignment
 from pipeline.messages import AudioFacts, Codes, Failure, Source, Tokens
 
 
@@ -96,8 +95,7 @@ class GenerateStage:
         decoder: the weights.
         speech: the checkpoint's special ids.
         num_slots: streams per pass.
-        lookahead: positions of a stream per pass, or auto: as many as pay, found out while working. Changes speed,
-            never a token.
+        lookahead: positions of a stream per pass at most; changes speed, never a token.
         alignment: which frames follow BOS; see `_SCHEDULES`.
         temperature: 0 for greedy.
         seed: with a temperature, streams are sampled alike for the same seed and source.
@@ -110,18 +108,17 @@ class GenerateStage:
         speech: SpeechConfig,
         *,
         num_slots: int,
-        lookahead: int | Auto = 1,
+        lookahead: int = 1,
         alignment: Alignment = "all-frames",
         temperature: float = 0.0,
         seed: int = 0,
         keep_codes: bool = False,
     ) -> None:
-        self._lookahead = Lookahead() if lookahead == "auto" else Lookahead((lookahead,))
         like_transformers = alignment == "first-frame-twice"
         self._slots = Slots(
             decoder,
             num_slots,
-            lookahead=max(WIDTHS) if lookahead == "auto" else lookahead,
+            lookahead=lookahead,
             padding_id=speech.padding_id,
             bos_row=speech.hf_bos_row if like_transformers else None,
             zero_logit=like_transformers,
@@ -198,13 +195,11 @@ class GenerateStage:
         active = [(slot, stream) for slot, stream in seated if stream.num_fed > stream.num_emitted]
         if not active:
             return
-        self._slots.step(self._lookahead.begin())
+        self._slots.step()
         harvests = self._slots.harvest([slot for slot, _ in active])
-        num_tokens = sum(len(harvest.ids) for harvest in harvests)
-        self._lookahead.end(num_tokens)
         self.passes += 1
         self.slot_passes += len(active)
-        self.positions += num_tokens
+        self.positions += sum(len(harvest.ids) for harvest in harvests)
         for (_, stream), harvest in zip(active, harvests, strict=True):
             stream.harvests.append(harvest)
             stream.num_emitted += len(harvest.ids)

@@ -86,7 +86,7 @@ class Word:
     text: str
     start_seconds: float
     end_seconds: float
-    confidence: float  # geometric mean of the probabilities of its pieces, in (0, 1]
+    confidence: float  # geometric mean of the probabilities of its pieces, in [0, 1], four digits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

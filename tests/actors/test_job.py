@@ -63,7 +63,6 @@ def test_rtfx_is_audio_seconds_per_wall_second() -> None:
         ("output.uri=", ConfigError, r"output\.uri is empty"),
         ("input.uris=[]", ConfigError, "uris"),
         ("checkpoint.source=/no/such/checkpoint", CheckpointError, "/no/such/checkpoint"),
-        ("stages.generate.lookahead=4", ConfigError, "lookahead"),
         ("output.columns=[audio]", ConfigError, "audio"),
     ],
 )

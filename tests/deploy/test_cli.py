@@ -253,7 +253,7 @@ def test_captions_of_one_input(kikitori: Kikitori, form: str, head: str) -> None
         (("/nowhere/at/all",), "there is no folder or file /nowhere/at/all"),
         ((CLIP, "-s", "noequals"), "expected section.key=value"),
         ((CLIP, "-s", "output.columns=[audio]"), "audio cannot be written yet"),
-        ((CLIP, "-s", "stages.generate.lookahead=4"), "use auto or 1"),
+        ((CLIP, "-s", "stages.generate.lookahead=0"), "stages.generate.lookahead: expected"),
         ((CLIP, "-s", "checkpoint.device=cuda:99"), "checkpoint.device is cuda:99"),
     ],
 )

@@ -13,7 +13,7 @@ from pipeline.discover import discover
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.fetch import fetch
 from pipeline.messages import AudioFacts, Failure, Source, Transcript
-from pipeline.run import Stages, build_stages, check_available, in_order, resolve_device, transcribe
+from pipeline.run import Stages, build_stages, in_order, resolve_device, transcribe
 from pipeline.storage import Storage
 from tests.make_audio import sine, wav
 
@@ -184,11 +184,9 @@ def test_a_gpu_that_is_not_there_is_refused(
         resolve_device(asked)
 
 
-def test_an_option_that_would_be_ignored_is_refused() -> None:
-    for lookahead in ("auto", 1):
-        check_available(load_config(None, [f"stages.generate.lookahead={lookahead}"]))
-    with pytest.raises(ConfigError, match=r"stages\.generate\.lookahead is 4, .* use auto or 1"):
-        stages_of("stages.generate.lookahead=4")
+@pytest.mark.parametrize("lookahead", ["auto", "1", "4", "32"])
+def test_look_ahead_changes_no_token(heard: dict[str, Transcript | Failure], lookahead: str) -> None:
+    assert tokens_of(results_of(digits(), f"stages.generate.lookahead={lookahead}")) == tokens_of(heard)
 
 
 def test_a_checkpoint_that_lacks_something_is_refused_before_any_work(tiny_original: Path, tmp_path: Path) -> None:
