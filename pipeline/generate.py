@@ -4,6 +4,7 @@
 """
 
 import hashlib
+from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -36,6 +37,10 @@ _SCHEDULES: dict[Alignment, _Schedule] = {
 }
 
 
+# Of seated streams, before more is pulled in search of a stream for a free slot: 27 minutes of audio, 1.3 MB of codes.
+_MAX_WAITING_FRAMES = 20_000
+
+
 @dataclass(slots=True)
 class _Stream:
     """A stream that has arrived, waiting for a slot or sitting in one."""
@@ -47,9 +52,15 @@ class _Stream:
     num_waiting: int = 0  # columns in `pieces`
     facts: AudioFacts | None = None  # known when the last piece has come
     num_fed: int = 0  # positions given to the slot, the BOS step included
-    num_emitted: int = 0
-    harvests: list[Harvest] = field(default_factory=list)
+    # Flat arrays: of a day of audio, a million small objects would weigh a hundred times what they hold.
+    ids: "array[int]" = field(default_factory=lambda: array("i"))
+    logprobs: "array[float]" = field(default_factory=lambda: array("f"))
     kept: list[NDArray[np.int16]] = field(default_factory=list)
+
+    @property
+    def num_emitted(self) -> int:
+        """Tokens so far."""
+        return len(self.ids)
 
     @property
     def num_feedable(self) -> int:
@@ -73,6 +84,11 @@ class _Stream:
         if codes_KT.shape[1] > skip:
             self.pieces.append(codes_KT[:, skip:])
             self.num_waiting += codes_KT.shape[1] - skip
+
+    def emit(self, harvest: Harvest) -> None:
+        """Take tokens in."""
+        self.ids.frombytes(harvest.ids.tobytes())
+        self.logprobs.frombytes(harvest.logprobs.tobytes())
 
     def take(self, count: int) -> NDArray[np.int16]:
         """The next `count` columns, `[K, count]`."""
@@ -157,10 +173,13 @@ class GenerateStage:
         return sum(stream.num_pending for stream in streams)
 
     def wants_input(self) -> bool:
-        """Whether more input would be put to use at once: a slot is free, or a seated stream has run dry."""
-        if not self._waiting and None in self._seated:
+        """Whether more input would be put to use: a seated stream has run dry, or there may be one for a free slot."""
+        seated = [self._streams[key] for key in self._seated if key is not None]
+        if any(self._is_dry(stream) for stream in seated):
             return True
-        return any(self._is_dry(self._streams[key]) for key in self._seated if key is not None)
+        # The next stream may come behind hours of one that is seated already: not at the price of keeping them all.
+        is_light = sum(stream.num_waiting for stream in seated) < _MAX_WAITING_FRAMES
+        return is_light and not self._waiting and None in self._seated
 
     def can_step(self) -> bool:
         """Whether a pass would move at least one stream."""
@@ -201,8 +220,7 @@ class GenerateStage:
         self.slot_passes += len(active)
         self.positions += sum(len(harvest.ids) for harvest in harvests)
         for (_, stream), harvest in zip(active, harvests, strict=True):
-            stream.harvests.append(harvest)
-            stream.num_emitted += len(harvest.ids)
+            stream.emit(harvest)
             if stream.is_finished:
                 yield self._finish(stream)
 
@@ -252,8 +270,8 @@ class GenerateStage:
         return Tokens(
             source=stream.source,
             facts=stream.facts,
-            ids=np.concatenate([harvest.ids for harvest in stream.harvests]),
-            logprobs=np.concatenate([harvest.logprobs for harvest in stream.harvests]),
+            ids=np.asarray(stream.ids, dtype=np.int32),
+            logprobs=np.asarray(stream.logprobs, dtype=np.float32),
             codes=np.concatenate(stream.kept, axis=1) if self._keep_codes else None,
         )
 
