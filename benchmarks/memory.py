@@ -46,11 +46,11 @@ def main() -> None:
     parser.add_argument("--hours", type=float, action="append")
     parser.add_argument("--one", action="store_true", help="measure in this process and print one JSON object")
     arguments = parser.parse_args()
-    hours: list[float] = arguments.hours or [1.0, 24.0]
+    wanted: list[float] = arguments.hours or [1.0, 24.0]
     if arguments.one:
-        print(json.dumps(_measure(hours[0])))
+        print(json.dumps(_measure(wanted[0])))
         return
-    found = [_in_process(one) for one in hours]
+    found = [_in_process(one) for one in wanted]
     for row in found:
         print(
             f"{row['hours']:>5.1f} h  {row['frames']:>9,} frames  {row['seconds']:6.1f} s  peak {row['peak_mib']:.1f} MiB"

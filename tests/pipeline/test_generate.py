@@ -236,3 +236,22 @@ def test_read_only_codes_are_taken(tiny_decoder: Decoder) -> None:
     codes = codes_of("a")
     codes.setflags(write=False)
     assert generate_alone(tiny_decoder, SPEECH, codes)
+
+
+def test_a_free_slot_does_not_make_a_long_stream_pile_up(
+    tiny_decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by measuring: with a slot to spare, a whole day's codes were pulled in search of a second stream."""
+    monkeypatch.setattr("pipeline.generate._MAX_WAITING_FRAMES", 10)
+    stage = GenerateStage(tiny_decoder, SPEECH, num_slots=2)
+    rng = np.random.default_rng(0)
+    codes = rng.integers(AUDIO_CARD, size=(NUM_CODEBOOKS, 900), dtype=np.int16)
+    behind: list[int] = []
+
+    def inbox() -> Iterator[Codes]:
+        for index, piece in enumerate(code_pieces("a", codes, range(5, 900, 5))):
+            behind.append(5 * index - stage.positions)
+            yield piece
+
+    assert len(generate(stage, inbox())["a"].ids) == 901
+    assert max(behind) <= 10 + 256 + 5  # what may wait, the slot's own ring, and the piece that came last
