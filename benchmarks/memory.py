@@ -52,9 +52,8 @@ def main() -> None:
         return
     found = [_in_process(one) for one in wanted]
     for row in found:
-        print(
-            f"{row['hours']:>5.1f} h  {row['frames']:>9,} frames  {row['seconds']:6.1f} s  peak {row['peak_mib']:.1f} MiB"
-        )
+        hours, frames, seconds, peak = row["hours"], row["frames"], row["seconds"], row["peak_mib"]
+        print(f"{hours:>5.1f} h {frames:>10,} frames {seconds:6.1f} s  peak {peak} MiB")
     ratio = found[-1]["peak_mib"] / found[0]["peak_mib"]
     print(json.dumps({"benchmark": "memory", "torch": torch.__version__, "rows": found, "ratio": round(ratio, 4)}))
 

@@ -102,10 +102,7 @@ class Stages:
         )
 
     def _dtype(self) -> torch.dtype:
-        name = self.config.checkpoint.dtype
-        if name == "auto":
-            return torch.bfloat16 if self.device.startswith("cuda") else torch.float32
-        return _DTYPES[name]
+        return resolve_dtype(self.config.checkpoint.dtype, self.device)
 
     def _num_slots(self) -> int:
         slots = self.config.stages.generate.slots
@@ -170,6 +167,13 @@ def resolve_device(device: str) -> str:
             f"checkpoint.device is {device}, but torch {torch.__version__} finds {count}; use cpu or auto"
         )
     return device
+
+
+def resolve_dtype(dtype: str, device: str) -> torch.dtype:
+    """`auto` -> bfloat16 on a GPU, float32 on a CPU."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.startswith("cuda") else torch.float32
+    return _DTYPES[dtype]
 
 
 def transcribe(sources: Iterable[Source], stages: Stages) -> Iterator[Transcript | Failure]:
