@@ -24,7 +24,6 @@ from ray.exceptions import (
     OutOfMemoryError,
     OwnerDiedError,
     RayActorError,
-    RayTaskError,
     WorkerCrashedError,
 )
 from ray.util.placement_group import placement_group, remove_placement_group
@@ -133,6 +132,7 @@ class Driver:
         self._num_lanes = min(num_lanes, len(shards))
         self._todo = deque(_Task(shard) for shard in shards)
         self._num_left = len(shards)
+        self._num_open = 0
         self._progress, self._on_commit = progress, on_commit
         self._storage = Storage(config.output.storage_options)
         self._output_uri = config.output.uri
@@ -151,27 +151,33 @@ class Driver:
         if not self._num_left:
             return
         lanes = [asyncio.create_task(self._keep_lane(index)) for index in range(self._num_lanes)]
-        await self._finished.wait()
-        for lane in lanes:
-            lane.cancel()
-        await asyncio.gather(*lanes, return_exceptions=True)
+        finished = asyncio.create_task(self._finished.wait())
+        # A lane's keeper ends before that only by an exception nobody foresaw; without it the run would wait for ever.
+        ended, _ = await asyncio.wait({finished, *lanes}, return_when=asyncio.FIRST_COMPLETED)
+        for task in [finished, *lanes]:
+            task.cancel()
+        await asyncio.gather(finished, *lanes, return_exceptions=True)
+        for lane in ended - {finished}:
+            lane.result()
         if self._fatal is not None:
             raise self._fatal
 
     def stop(self) -> None:
-        """Take no more shards; give the open ones a little time, then leave."""
-        if not self._stopping:
-            self._stopping = True
-            self._todo.clear()
-            self._drain = asyncio.get_running_loop().call_later(_DRAIN_SECONDS, self._finished.set)
+        """Take no more shards; give the open ones a little time, then leave. Asked a second time: leave at once."""
+        if self._stopping or not self._num_open:
+            self._finished.set()
+            return
+        self._stopping = True
+        self._todo.clear()
+        asyncio.get_running_loop().call_later(_DRAIN_SECONDS, self._finished.set)
 
     async def _keep_lane(self, index: int) -> None:
         """Have a lane, and another one when it is lost."""
         pause = 0.5
         while not self._finished.is_set():
             try:
-                await self._live(index)
-                pause = 0.5
+                if await self._live(index):
+                    pause = 0.5
             except LANE_DEAD as error:
                 self._start_failed(error)
             await asyncio.sleep(pause)
@@ -184,8 +190,12 @@ class Driver:
             reason = _reason(error)
             self._fail(SystemFailure(f"no lane came up in {self._failed_starts} attempts; the last one: {reason}"))
 
-    async def _live(self, index: int) -> None:
-        """One lane from its placement to its end."""
+    async def _live(self, index: int) -> bool:
+        """One lane from its placement to its end; -> whether it did any work, or there is none.
+
+        Raises:
+            LANE_DEAD: it did not come up.
+        """
         group = placement_group([self._request.bundle])
         lane: _Lane | None = None
         actors: list[Any] = []
@@ -193,7 +203,10 @@ class Driver:
             await group.ready()  # pending means: the cluster is full, or is asked to grow
             lane = await self._start(index, group, actors)
             self._ever_up = True
-            await self._feed(lane)
+            with contextlib.suppress(*LANE_DEAD):
+                await self._feed(lane)
+            self._progress.num_lost_lanes += not self._finished.is_set()
+            return True
         finally:
             await self._bury(lane, group, actors)
             self._progress.lanes.pop(index, None)
@@ -242,6 +255,7 @@ class Driver:
 
     async def _do(self, lane: _Lane, task: _Task) -> None:
         shard = task.shard
+        self._num_open += 1
         current = asyncio.current_task()
         if current is not None and task.is_suspect:
             current.set_name("suspect")
@@ -255,11 +269,14 @@ class Driver:
         except (*LANE_DEAD, ModelFailure) as error:
             lane.dead = True
             await self._crashed(task, error)
-        except (RayTaskError, SystemFailure, OSError) as error:
+        except Exception as error:  # noqa: BLE001  (whatever it is, this shard must be done again or end the run)
             lane.dead = True  # its engine may be beyond use, and a fresh one costs little
             self._erred(task, error)
         finally:
             lane.open.pop(shard.id, None)
+            self._num_open -= 1
+            if self._stopping and not self._num_open:
+                self._finished.set()
 
     def _committed(self, summary: PartSummary) -> None:
         self._progress.num_committed += summary.num_rows
@@ -270,14 +287,13 @@ class Driver:
 
     def _done_with_one(self) -> None:
         self._num_left -= 1
-        if self._num_left <= 0 or (self._stopping and not self._todo):
+        if self._num_left <= 0:
             self._finished.set()
 
     async def _crashed(self, task: _Task, error: Exception) -> None:
         """The lane died with this shard in its hands: name the culprit if it was alone, queue the shard again."""
         was_alone = task.is_suspect
         task.crashes += 1
-        self._progress.num_lost_lanes += 1
         logger.warning("shard %s lost its lane (%s), time %d", task.shard.id, type(error).__name__, task.crashes)
         if was_alone:
             source_id = await asyncio.to_thread(self._in_hand, task.shard.id)
@@ -305,12 +321,9 @@ class Driver:
         self._again(task)
 
     def _again(self, task: _Task) -> None:
-        if self._stopping:
-            self._done_with_one()
-        elif task.is_suspect:
-            self._todo.append(task)  # last, so that the healthy are not held up
-        else:
-            self._todo.appendleft(task)
+        if not self._stopping:
+            # Suspects come last, so that the healthy are not held up.
+            (self._todo.append if task.is_suspect else self._todo.appendleft)(task)
 
     def _fail(self, error: Exception) -> None:
         self._fatal = self._fatal or error

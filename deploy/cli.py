@@ -6,7 +6,8 @@ import logging
 import signal
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _EXIT_ERRORS, _EXIT_USAGE, _EXIT_SYSTEM = 1, 2, 3
 _ONE_LINE = {ord("\t"): "\\t", ord("\n"): "\\n", ord("\r"): "\\r"}  # a file name may hold them
+_PEERS = Path(__file__).parent.parent / "benchmarks" / "peers.py"
 _Command = TypeVar("_Command", bound=Callable[..., object])
 
 # Heavy imports (torch 1.5 s, ray 0.5 s, measured) stay inside the verbs that need them: `--help` answers at once.
@@ -117,7 +119,8 @@ def run(config_path: str, as_json: bool, overrides: Sequence[str], verbose: bool
     config = load_config(config_path, overrides)
     from actors.job import run_job
 
-    result = run_job(config, Console(stderr=True))
+    with redirect_stdout(sys.stderr):  # Ray prints there when a worker dies
+        result = run_job(config, Console(stderr=True))
     _print_json(_result_as_json(result)) if as_json else _print_result(result)
     return result.exit_code
 
@@ -194,6 +197,121 @@ def fetch(config_path: str, as_json: bool, overrides: Sequence[str], verbose: bo
     }
     _print_json(facts) if as_json else _print_facts("checkpoint", facts)
     return 0
+
+
+@cli.command()
+@click.argument("config_path", metavar="CONFIG.yaml")
+@click.option("--slots", "slots", default="8,16,32", show_default=True, metavar="N,N", help="Streams per pass.")
+@click.option("--lookahead", "lookaheads", default="1,4", show_default=True, metavar="K,K", help="Positions per pass.")
+@click.option("--mix", metavar="2.5s|librispeech|30s|1h", help="Synthetic clips; without it, the config's inputs.")
+@click.option("--clips", "num_clips", type=click.IntRange(1), help="How many.  [default: 3 per slot]")
+@click.option("--seconds", type=click.FloatRange(0.1), help="Cut synthetic clips to this length.")
+@click.option("--shape", metavar="2.6b|1b|60m|tiny", help="Random weights of this shape; mix librispeech by default.")
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--peers", is_flag=True, help="Also measure transformers and moshi (from a source checkout).")
+@_common
+def bench(
+    config_path: str,
+    slots: str,
+    lookaheads: str,
+    mix: str | None,
+    num_clips: int | None,
+    seconds: float | None,
+    shape: str | None,
+    repeats: int,
+    peers: bool,
+    as_json: bool,
+    overrides: Sequence[str],
+    verbose: bool,
+) -> int:
+    """Measure RTFx of engine and pipeline; a table for people, the last line one JSON object."""
+    _configure_logging(verbose)
+    config = load_config(config_path, overrides)
+    num_slots = _numbers("--slots", slots)
+    from pipeline.bench import BenchOptions
+    from pipeline.bench import bench as measure
+
+    options = BenchOptions(
+        num_slots=num_slots,
+        lookaheads=_numbers("--lookahead", lookaheads),
+        mix="librispeech" if shape and not mix else mix,
+        num_clips=num_clips or 3 * max(num_slots),
+        longest_seconds=seconds,
+        shape=shape,
+        repeats=repeats,
+    )
+    if peers:
+        _require_peers(shape)
+    with Console(stderr=True).status("measuring") as shown:
+        report = measure(config, options, on_step=shown.update)
+    facts = report.as_json()
+    if not as_json:
+        _print_bench(facts)
+    if peers:
+        facts["peers"] = _run_peers(shape or "60m", repeats, quiet=as_json)
+    _print_json(facts)
+    return 0
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    """`8,16` -> (8, 16)."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise ConfigError(f"{option} is {text!r}; expected whole numbers from 1, separated by commas, such as 8,16,32")
+    return tuple(int(part) for part in parts)
+
+
+def _print_bench(facts: Mapping[str, Any]) -> None:
+    work, machine, pipeline = facts["workload"], facts["machine"], facts["pipeline"]
+    title = (
+        f"{facts['model']}, {facts['parameters'] / 1e6:,.1f} M parameters, {facts['dtype']} on {facts['device']} "
+        f"({facts['threads']} threads; {machine['gigabytes_per_second']:,.1f} GB/s, "
+        f"{machine['gigaflops_per_second']:,.0f} GFLOP/s measured)\n"
+        f"{work['name']}: {work['clips']} clips, {work['credited_seconds']:,.1f} s of speech, "
+        f"{work['step_seconds']:,.1f} s of frames"
+    )
+    table = Table(title=title, title_justify="left")
+    for name in ("slots", "K", "RTFx", "step RTFx", "spread", "tokens", "ms", "limit ms", "of limit", "bound"):
+        table.add_column(name, justify="right")
+    for row in facts["engine"]:
+        numbers = (row["slots"], row["lookahead"], f"{row['rtfx']:,.1f}", f"{row['step_rtfx']:,.1f}")
+        spent = (f"{row['spread']:.0%}", f"{row['tokens_per_pass']:.2f}", f"{row['pass_ms']:.2f}")
+        limit = (f"{row['limit_ms']:.2f}", f"{row['of_limit']:.0%}", row["bound"])
+        table.add_row(*map(str, (*numbers, *spent, *limit)))
+    Console(soft_wrap=False).print(table)
+    click.echo("K: look-ahead; tokens: of a stream, and ms: both per pass; limit: what this machine allows for that pass")
+    shares = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in pipeline["stage_seconds"].items())
+    click.echo(
+        f"pipeline, {pipeline['slots']} slots, look-ahead {pipeline['lookahead']}: RTFx {pipeline['rtfx']:,.1f} "
+        f"(step {pipeline['step_rtfx']:,.1f}); the engine alone on the same codes {pipeline['bare_engine_rtfx']:,.1f}. "
+        f"Time in stages: {shares}"
+    )
+
+
+def _require_peers(shape: str | None) -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in ("transformers", "moshi") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"--peers needs {' and '.join(missing)}, not installed here; `make test` installs both")
+    if not _PEERS.is_file():
+        raise ConfigError("--peers needs the source checkout: the scripts in benchmarks/ are not part of the package")
+    if shape not in (None, "60m", "1b", "tiny"):
+        raise ConfigError(f"--peers compares the shapes 60m, 1b and tiny, not {shape}")
+
+
+def _run_peers(shape: str, repeats: int, *, quiet: bool) -> Any:
+    """Run `benchmarks/peers.py`, showing what it prints; -> its JSON object."""
+    import subprocess
+
+    command = [sys.executable, "-m", "benchmarks.peers", "--shape", shape, "--repeats", str(repeats)]
+    done = subprocess.run(command, cwd=_PEERS.parent.parent, stdout=subprocess.PIPE, text=True, check=False)
+    *shown, last = done.stdout.splitlines() or [""]
+    if done.returncode:
+        raise KikitoriError(f"benchmarks/peers.py ended with status {done.returncode}; what it said is above")
+    if not quiet:
+        click.echo("\n".join(shown))
+    return json.loads(last)
 
 
 def _transcribe(config: RunConfig, files: Sequence[str], form: str) -> int:
