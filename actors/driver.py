@@ -30,7 +30,9 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.cluster import LaneRequest
-from actors.lane import Culprit, DecoderActor, EncoderActor, LaneReport, LaneSettings, mark_uri
+from actors.decoder import DecoderActor
+from actors.encoder import EncoderActor
+from actors.lane import Culprit, LaneReport, LaneSettings, mark_uri
 from pipeline.config import RunConfig
 from pipeline.errors import ModelFailure, SystemFailure
 from pipeline.messages import Shard

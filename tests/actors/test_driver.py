@@ -18,8 +18,8 @@ import ray
 from rich.console import Console
 
 from actors import driver
+from actors.decoder import DecoderActor
 from actors.job import JobResult, run_job
-from actors.lane import DecoderActor
 from pipeline.config import RunConfig, load_config
 from pipeline.discover import discover
 from pipeline.errors import ConfigError, SystemFailure

@@ -1,12 +1,10 @@
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from actors.lane import LaneSettings, LoadActor, _Journey, _packed
+from actors.lane import LaneSettings, open_stages, packed
 from pipeline.config import load_config
-from pipeline.fetch import fetch
-from pipeline.messages import AudioFacts, Failure, Source, Waveform
+from pipeline.errors import SystemFailure
+from pipeline.messages import AudioFacts, Source, Waveform
 
 SOURCES = [Source(id=f"id{index}", uri=f"/x/{index}.wav") for index in range(4)]
 
@@ -24,75 +22,19 @@ def pieces(source: Source, count: int) -> list[Waveform]:
     ]
 
 
-@given(lengths=st.lists(st.integers(1, 4), min_size=4, max_size=4), deaths=st.lists(st.integers(0, 12), max_size=4))
-def test_whenever_loaders_die_every_piece_arrives_once_and_in_order(lengths: list[int], deaths: list[int]) -> None:
-    journey = _Journey(SOURCES)
-    everything = {source.id: pieces(source, length) for source, length in zip(SOURCES, lengths, strict=True)}
-    arrived: list[Waveform | Failure] = []
-    for death in [*deaths, 1000]:
-        sent = [piece for source in journey.todo for piece in everything[source]]
-        for piece in sent[:death]:
-            arrived += journey.arrived(piece)
-        if death < 1000:
-            arrived += journey.blame(RuntimeError("gone"))
-    crashed = {message.source.id for message in arrived if isinstance(message, Failure)}
-    expected = [(source.id, len(piece.samples)) for source in SOURCES for piece in everything[source.id]]
-    got = [(m.source.id, len(m.samples)) for m in arrived if isinstance(m, Waveform)]
-    assert [entry for entry in got if entry[0] not in crashed] == [e for e in expected if e[0] not in crashed]
-    assert len(got) == len(set(got))
-    assert not journey.todo
-
-
-def test_an_input_that_kills_its_loader_three_times_alone_gets_a_row_and_the_rest_go_on() -> None:
-    journey = _Journey(SOURCES)
-    arrived: list[Waveform | Failure] = []
-    rounds = 0
-    while journey.todo:
-        rounds += 1
-        for key in list(journey.todo):
-            if key == "id1":
-                arrived += journey.blame(RuntimeError("segfault"))
-                break
-            arrived += [m for piece in pieces(journey.todo[key], 1) for m in journey.arrived(piece)]
-    failures = [message for message in arrived if isinstance(message, Failure)]
-    assert [(f.source.id, f.code, f.stage) for f in failures] == [("id1", "WORKER_CRASHED", "load")]
-    assert {message.source.id for message in arrived} == {source.id for source in SOURCES}
-    assert rounds == 5  # one death in company, three alone, then the rest
-
-
 def test_packing_loses_nothing_and_keeps_the_order() -> None:
     messages = [piece for source in SOURCES for piece in pieces(source, 3)]
     long = Waveform(source=SOURCES[0], samples=np.zeros(24_000 * 61, np.float32), is_last=False)
-    groups = list(_packed([*messages, long, *messages]))
+    groups = list(packed([*messages, long, *messages]))
     assert [m for group in groups for m in group] == [*messages, long, *messages]
     assert len(groups) == 2  # the long piece fills the first object
     assert groups[0][-1] is long
 
 
-def test_a_loader_keeps_every_input_in_its_own_objects_when_asked_to() -> None:
-    config = load_config(None, ["checkpoint.source=demo"])
-    settings = LaneSettings(
-        config=config,
-        run_id="test",
-        model_revision=fetch(config.checkpoint).revision,
-        num_loaders=1,
-        loader_cpus=1,
-        num_threads=1,
-    )
-    loader = LoadActor(settings)
-    missing = [Source(id=f"m{index}", uri=f"/nowhere/{index}.wav") for index in range(3)]
-    assert [len(group) for group in loader.load(missing, alone=False)] == [3]
-    alone = list(loader.load(missing, alone=True))
-    assert [len(group) for group in alone] == [1, 1, 1]
-    assert all(isinstance(group[0], Failure) and group[0].code == "NOT_FOUND" for group in alone)
-
-
 def test_a_node_with_another_copy_of_the_checkpoint_refuses_to_work() -> None:
-    from pipeline.errors import SystemFailure
-
     config = load_config(None, ["checkpoint.source=demo"])
     settings = LaneSettings(
         config=config, run_id="t", model_revision="0" * 12, num_loaders=1, loader_cpus=1, num_threads=1
     )
     with pytest.raises(SystemFailure, match="revision"):
-        LoadActor(settings)
+        open_stages(settings)

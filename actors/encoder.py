@@ -1,0 +1,74 @@
+"""Mimi in an actor, with the loaders that feed it."""
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import ActorUnavailableError, ObjectLostError, OutOfMemoryError, RayActorError
+
+from actors.lane import LaneSettings, open_stages, packed
+from actors.loader import Journey, LoadActor
+from pipeline.encode import EncodeStage
+from pipeline.messages import Codes, Failure, Source, Waveform
+
+_LOAD_OBJECTS = 4  # x 60 s x 96 kB = 23 MB of PCM between a loader and its encoder
+
+LOADER_DEAD = (RayActorError, ActorUnavailableError, OutOfMemoryError, ObjectLostError)
+
+
+class EncoderActor:
+    """Mimi on (a share of) one GPU, fed by its own loaders. Runs as a threaded actor: one thread per open shard."""
+
+    def __init__(self, settings: LaneSettings) -> None:
+        torch.set_num_threads(settings.num_threads)
+        self._settings = settings
+        self._stage: EncodeStage = open_stages(settings).encode()
+        self._one_at_a_time = threading.Lock()  # the device does one piece at a time anyway
+        self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        for _ in range(settings.num_loaders):
+            self._idle.put(self._new_loader())
+
+    def encode(self, sources: Sequence[Source]) -> Iterator[list[Codes | Failure]]:
+        """Stream the codes of `sources`."""
+        yield from packed(self._codes(sources))
+
+    def _new_loader(self) -> Any:
+        loader: Any = ray.remote(LoadActor)
+        return loader.options(num_cpus=self._settings.loader_cpus, max_restarts=0, max_task_retries=0).remote(
+            self._settings
+        )
+
+    def _codes(self, sources: Sequence[Source]) -> Iterator[Codes | Failure]:
+        for message in self._waveforms(sources):
+            with self._one_at_a_time:
+                encoded = list(self._stage.accept(message))
+            yield from encoded
+
+    def _waveforms(self, sources: Sequence[Source]) -> Iterator[Waveform | Failure]:
+        """Pull from one loader; when it dies, go on with a new one where the old one stopped."""
+        journey = Journey(sources)
+        loader = self._idle.get()
+        try:
+            while journey.todo:
+                try:
+                    yield from self._pull(loader, journey)
+                except LOADER_DEAD as error:
+                    ray.kill(loader)
+                    loader = self._new_loader()
+                    yield from journey.blame(error)
+        finally:
+            self._idle.put(loader)
+
+    def _pull(self, loader: Any, journey: "Journey") -> Iterator[Waveform | Failure]:
+        options: dict[str, Any] = {"num_returns": "streaming", "_generator_backpressure_num_objects": _LOAD_OBJECTS}
+        objects = loader.load.options(**options).remote(list(journey.todo.values()), journey.alone)
+        try:
+            for reference in objects:
+                for message in ray.get(reference):
+                    yield from journey.arrived(message)
+        except GeneratorExit:
+            ray.cancel(objects)  # nobody listens any more; left alone it would decode to its end
+            raise
