@@ -48,7 +48,7 @@ check: $(TEST_STAMP)  ## formatting, lint, types, import contract
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("kikitori needs Python 3.11 or newer, and \
 	$(PYTHON) is %d.%d; name another one: make PYTHON=python3.12 ..." % v[:2])'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(STAMP): | $(BIN)/python
 	$(PIP_INSTALL) torch==$(TORCH_VERSION)

@@ -1,10 +1,12 @@
 """Ray itself: start or join it, and what one lane asks of it."""
 
+import contextlib
 import logging
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 # Before `import ray`, which reads them: no usage reports from users' clusters, no warning about hidden GPUs.
@@ -51,11 +53,15 @@ def connected(config: RunConfig) -> Generator[None]:
     if ray.is_initialized():  # a caller's own, as in tests: not ours to stop
         yield
         return
+    # Ray puts the folder it is started in before everything else on its workers' import path, where a `models/` of the
+    # user's would hide ours.
+    started_in = Path(__file__).parent.parent
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if config.ray.address is None:
         options |= {"include_dashboard": False}
     try:
-        ray.init(address=config.ray.address or "local", **options)
+        with contextlib.chdir(started_in):
+            ray.init(address=config.ray.address or "local", **options)
     except _CONNECT_ERRORS as error:
         where = config.ray.address or "a local Ray"
         raise SystemFailure(f"ray.address {where}: could not be reached or started: {error}") from None
@@ -74,15 +80,27 @@ def plan_lanes(config: RunConfig) -> tuple[LaneRequest, int]:
     nodes: list[dict[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     num_gpus = int(sum(node.get("GPU", 0) for node in nodes))
     device = config.checkpoint.device
-    if device.startswith("cuda") and not num_gpus:
+    if device.startswith("cuda:"):
+        raise ConfigError(f"checkpoint.device is {device}, but Ray chooses the GPU of each lane; use cuda or auto")
+    if device == "cuda" and not num_gpus:
         raise ConfigError(f"checkpoint.device is {device}, but the cluster has no GPU; use cpu or auto")
     on_gpu = num_gpus > 0 and device != "cpu"
     request = _gpu_lane(config, nodes) if on_gpu else _cpu_lane(config, nodes)
+    if config.ray.address is None and not any(_fits(request.bundle, node) for node in nodes):
+        raise ConfigError(f"a lane needs {request.bundle} on one node, but this machine has {_offers(nodes)}")
     wanted = config.ray.lanes
     if wanted == "auto":
         per_gpu = request.encoder_gpus + request.decoder_gpus
         wanted = max(1, int(num_gpus / per_gpu)) if on_gpu else sum(node.get("CPU", 0) >= 1 for node in nodes)
     return request, max(1, wanted)
+
+
+def _fits(bundle: dict[str, float], node: dict[str, float]) -> bool:
+    return all(amount <= node.get(kind, 0) for kind, amount in bundle.items())
+
+
+def _offers(nodes: list[dict[str, float]]) -> str:
+    return " and ".join(str({kind: node[kind] for kind in ("CPU", "GPU") if kind in node}) for node in nodes)
 
 
 def _gpu_lane(config: RunConfig, nodes: list[dict[str, float]]) -> LaneRequest:
@@ -99,7 +117,7 @@ def _gpu_lane(config: RunConfig, nodes: list[dict[str, float]]) -> LaneRequest:
     loader_cpus = _loader_cpus(config, nodes)
     automatic = max(1, min(_MAX_LOADERS, int((cpus_per_lane - 1) / loader_cpus)))
     return LaneRequest(
-        device=config.checkpoint.device,
+        device="cuda",
         num_loaders=automatic if stages.load.actors == "auto" else stages.load.actors,
         loader_cpus=loader_cpus,
         encoder_gpus=stages.encode.gpus,

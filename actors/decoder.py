@@ -12,7 +12,7 @@ from ray.exceptions import RayTaskError
 
 from actors.host import GenerateHost, Result
 from actors.lane import Culprit, LaneReport, LaneSettings, mark_uri, open_stages
-from pipeline.errors import ModelFailure
+from pipeline.errors import ModelFailure, SystemFailure
 from pipeline.messages import Failure, Shard, Source
 from pipeline.storage import Storage
 from pipeline.write import PartSummary, WriteStage, part_uri, read_summary
@@ -109,12 +109,15 @@ class DecoderActor:
                 await self._not_too_far_ahead(waiting)
             await asyncio.gather(*waiting.values())
         except RayTaskError as error:
+            if isinstance(error.cause, SystemFailure):  # not over an input
+                raise SystemFailure(str(error.cause)) from None
             raise ModelFailure(f"the encoder failed: {error.cause}") from None
         finally:
             ray.cancel(objects)  # a no-op once it is exhausted
 
     async def _not_too_far_ahead(self, waiting: dict[str, "asyncio.Future[None]"]) -> None:
         while (self._host.num_pending_frames(waiting) or 0) > _MAX_PENDING_FRAMES:
+            self._host.put([])  # raises if the engine has died: then the number would never fall
             await asyncio.sleep(_POLL_SECONDS)
 
     def _deliver(self, result: Result) -> None:

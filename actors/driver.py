@@ -10,6 +10,7 @@ shard is transcribed.
 import asyncio
 import contextlib
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -52,12 +53,15 @@ LANE_DEAD = (
 )
 # Deaths of lanes that held a shard before the shard is done alone. The first may well be somebody else's fault.
 _SUSPECT_AFTER = 2
-_MAX_CRASHES = 12  # of one shard: every one beyond the second names a culprit, so this many culprits are too many
+_MAX_FRUITLESS = 4  # crashes of one shard, in a row, that named no culprit
 _MAX_ERRORS = 3  # exceptions (not deaths) of one shard: a bug or a storage that stays away
-_MAX_FAILED_STARTS = 3  # of lanes, in a row, before any lane ever came up
+_MAX_FAILED_STARTS = 4  # of lanes, in a row, without a commit and while no lane is up
 _REPORT_SECONDS = 1.0
 _IDLE_SECONDS = 0.2
 _DRAIN_SECONDS = 20.0
+_PENDING_SECONDS = 30.0  # between two lines that say a lane still has no place
+_GATHERING_SECONDS = 60.0  # at the beginning, lanes that are not up yet are counted on
+_SUSPECT = "suspect"
 
 
 @dataclass(slots=True)
@@ -87,6 +91,7 @@ class _Task:
 
     shard: Shard
     crashes: int = 0
+    fruitless: int = 0  # crashes since the last one that told us something
     errors: int = 0
     culprits: list[Culprit] = field(default_factory=list[Culprit])
 
@@ -141,8 +146,9 @@ class Driver:
         self._finished = asyncio.Event()
         self._stopping = False
         self._fatal: Exception | None = None
-        self._ever_up = False
-        self._failed_starts = 0
+        self._up: set[int] = set()
+        self._failed_starts = 0  # in a row, since the last commit
+        self._begun = time.monotonic()
 
     async def run(self) -> None:
         """Work until every shard is committed, or `stop` was called and the open ones are done or given up.
@@ -182,18 +188,31 @@ class Driver:
                     pause = 0.5
             except LANE_DEAD as error:
                 self._start_failed(error)
+            except SystemFailure as error:
+                self._start_failed(error)
             await asyncio.sleep(pause)
             pause = min(30.0, 2 * pause)
 
     def _start_failed(self, error: Exception) -> None:
+        """A lane died while starting. Others may be at work; where none is, this cannot go on for ever."""
         self._failed_starts += 1
         logger.warning("a lane did not start: %s", _reason(error))
-        if not self._ever_up and self._failed_starts >= _MAX_FAILED_STARTS:
+        if not self._up and self._failed_starts >= _MAX_FAILED_STARTS:
             reason = _reason(error)
             self._fail(SystemFailure(f"no lane came up in {self._failed_starts} attempts; the last one: {reason}"))
 
+    async def _placed(self, group: Any) -> None:
+        """Wait for a lane's place; pending means that the cluster is full, or is asked to grow."""
+        placed = asyncio.ensure_future(group.ready())
+        while True:
+            done, _ = await asyncio.wait({placed}, timeout=_PENDING_SECONDS)
+            if done:
+                placed.result()
+                return
+            logger.info("a lane waits for a node with %s free", self._request.bundle)
+
     async def _live(self, index: int) -> bool:
-        """One lane from its placement to its end; -> whether it did any work, or there is none.
+        """One lane from its placement to its end; -> whether anything was committed meanwhile.
 
         Raises:
             LANE_DEAD: it did not come up.
@@ -201,15 +220,17 @@ class Driver:
         group = placement_group([self._request.bundle])
         lane: _Lane | None = None
         actors: list[Any] = []
+        committed = self._progress.num_committed
         try:
-            await group.ready()  # pending means: the cluster is full, or is asked to grow
+            await self._placed(group)
             lane = await self._start(index, group, actors)
-            self._ever_up = True
+            self._up.add(index)
             with contextlib.suppress(*LANE_DEAD):
                 await self._feed(lane)
             self._progress.num_lost_lanes += not self._finished.is_set()
-            return True
+            return self._progress.num_committed > committed
         finally:
+            self._up.discard(index)
             await self._bury(lane, group, actors)
             self._progress.lanes.pop(index, None)
 
@@ -231,6 +252,7 @@ class Driver:
             self._settings, encoder
         )
         actors.append(decoder)
+        await encoder.ready.remote()  # an encoder that cannot start must not count against a shard
         pid = await decoder.ready.remote()
         logger.info("lane %d is up: decoder process %d", index, pid)
         return _Lane(index=index, decoder=decoder, encoder=encoder, group=group)
@@ -244,26 +266,32 @@ class Driver:
             if task is None:
                 await asyncio.sleep(_IDLE_SECONDS)
                 continue
-            lane.open[task.shard.id] = asyncio.create_task(self._do(lane, task))
+            name = _SUSPECT if task.is_suspect else "shard"
+            lane.open[task.shard.id] = asyncio.create_task(self._do(lane, task), name=name)
             await asyncio.sleep(0)
 
     def _next_for(self, lane: _Lane) -> _Task | None:
         """The next shard this lane may have. A suspect is alone with a lane: then a death can only be its own."""
-        if not self._todo or any(task.get_name() == "suspect" for task in lane.open.values()):
+        if not self._todo or any(task.get_name() == _SUSPECT for task in lane.open.values()):
             return None
         if self._todo[0].is_suspect and lane.open:
             return None
+        if len(lane.open) >= self._fair_share():
+            return None
         return self._todo.popleft()
+
+    def _fair_share(self) -> int:
+        """Open shards of one lane at most, so that the first lane up does not take what others could do."""
+        gathering = time.monotonic() - self._begun < _GATHERING_SECONDS
+        num_lanes = self._num_lanes if gathering else max(1, len(self._up))
+        return max(1, -(-self._num_left // num_lanes))
 
     async def _do(self, lane: _Lane, task: _Task) -> None:
         shard = task.shard
         self._num_open += 1
-        current = asyncio.current_task()
-        if current is not None and task.is_suspect:
-            current.set_name("suspect")
-            # A mark that an earlier run left there must not be taken for this one's.
-            await asyncio.to_thread(self._storage.delete, mark_uri(self._output_uri, shard.id))
         try:
+            if task.is_suspect:  # a mark that an earlier run left there must not be taken for this one's
+                await asyncio.to_thread(self._storage.delete, mark_uri(self._output_uri, shard.id))
             summary: PartSummary = await lane.decoder.transcribe.remote(
                 shard, culprits=task.culprits, alone=task.is_suspect
             )
@@ -281,6 +309,7 @@ class Driver:
                 self._finished.set()
 
     def _committed(self, summary: PartSummary) -> None:
+        self._failed_starts = 0
         self._progress.num_committed += summary.num_rows
         self._progress.num_errors += sum(summary.errors.values())
         self._progress.audio_seconds += summary.audio_seconds
@@ -297,19 +326,21 @@ class Driver:
         was_alone = task.is_suspect
         task.crashes += 1
         logger.warning("shard %s lost its lane (%s), time %d", task.shard.id, type(error).__name__, task.crashes)
+        task.fruitless += 1
         if was_alone:
             source_id = await asyncio.to_thread(self._in_hand, task.shard.id)
-            if source_id is not None:
+            if source_id is not None and source_id not in {culprit.source_id for culprit in task.culprits}:
+                task.fruitless = 0
                 died = not isinstance(error, ModelFailure)
                 detail = type(error).__name__ if died else _reason(error)
                 task.culprits.append(Culprit(source_id=source_id, died=died, detail=detail))
-        if task.crashes >= _MAX_CRASHES:
+        if task.fruitless >= _MAX_FRUITLESS:
             self._fail(SystemFailure(f"shard {task.shard.id} lost its lane {task.crashes} times; see the Ray logs"))
             return
         self._again(task)
 
     def _in_hand(self, shard_id: str) -> str | None:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # not there, or not to be read now: nobody is named
             return self._storage.read_bytes(mark_uri(self._output_uri, shard_id)).decode()
         return None
 

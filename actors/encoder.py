@@ -12,6 +12,7 @@ from ray.exceptions import ActorUnavailableError, ObjectLostError, OutOfMemoryEr
 from actors.lane import LaneSettings, open_stages, packed
 from actors.loader import Journey, LoadActor
 from pipeline.encode import EncodeStage
+from pipeline.errors import SystemFailure
 from pipeline.messages import Codes, Failure, Source, Waveform
 
 _LOAD_OBJECTS = 4  # x 60 s x 96 kB = 23 MB of PCM between a loader and its encoder
@@ -31,15 +32,28 @@ class EncoderActor:
         for _ in range(settings.num_loaders):
             self._idle.put(self._new_loader())
 
+    def ready(self) -> bool:
+        """Answers once the weights are loaded and the loaders are up."""
+        return True
+
     def encode(self, sources: Sequence[Source]) -> Iterator[list[Codes | Failure]]:
         """Stream the codes of `sources`."""
         yield from packed(self._codes(sources))
 
     def _new_loader(self) -> Any:
-        loader: Any = ray.remote(LoadActor)
-        return loader.options(num_cpus=self._settings.loader_cpus, max_restarts=0, max_task_retries=0).remote(
-            self._settings
-        )
+        """A loader that is up. One that cannot start is no input's fault, so nothing may be blamed for it.
+
+        Raises:
+            SystemFailure: it died while starting.
+        """
+        loader_class: Any = ray.remote(LoadActor)
+        options: dict[str, Any] = {"num_cpus": self._settings.loader_cpus, "max_restarts": 0, "max_task_retries": 0}
+        loader = loader_class.options(**options).remote(self._settings)
+        try:
+            ray.get(loader.ready.remote())
+        except LOADER_DEAD as error:
+            raise SystemFailure(f"a loader could not start: {error}") from None
+        return loader
 
     def _codes(self, sources: Sequence[Source]) -> Iterator[Codes | Failure]:
         for message in self._waveforms(sources):

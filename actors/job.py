@@ -7,24 +7,25 @@ import secrets
 import signal
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
+import ray
 from rich.console import Console
 
-from actors.cluster import connected, plan_lanes
+from actors.cluster import LaneRequest, connected, plan_lanes
 from actors.driver import Driver, Progress
 from actors.lane import LaneSettings
 from actors.progress import show
 from pipeline.config import RunConfig, fingerprint
 from pipeline.errors import ConfigError, SystemFailure
-from pipeline.fetch import fetch
-from pipeline.messages import Shard
+from pipeline.fetch import DEMO, fetch
 from pipeline.plan import committed, make_plan, remaining
 from pipeline.run import Stages, build_stages
 from pipeline.status import Status, status_of
-from pipeline.storage import Storage, join
+from pipeline.storage import Storage, is_local, join, normalise
 from pipeline.write import check_columns
 
 logger = logging.getLogger(__name__)
@@ -65,16 +66,15 @@ def run_job(config: RunConfig, console: Console) -> JobResult:
         SystemFailure: if the run cannot go on; what is committed stays.
     """
     begun = time.monotonic()
+    config = _anywhere(config)
     output = Storage(config.output.storage_options)
     output_uri = _require_output(config)
     check_columns(config.output.columns)
     pinned = fetch(config.checkpoint)
     # On a cluster the GPUs are elsewhere; what this machine lacks is for the lanes to say.
-    stages = build_stages(_for_driver(config), pinned)
-    record = _agreed_settings(config, stages, output, output_uri)
+    stages = build_stages(_on(config, "cpu"), pinned)
+    _check_settings(config, stages, output, output_uri)
     plan = make_plan(config, Storage(config.input.storage_options), output)
-    output.overwrite(_settings_uri(output_uri), json.dumps(record, indent=2).encode())
-    output.overwrite(join(output_uri, "_kikitori", "config.yaml"), config.to_yaml().encode())
     todo = remaining(plan, committed(output_uri, output))
     run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
     logger.info("run %s: %d inputs, %d of %d shards to do", run_id, plan.num_inputs, len(todo), len(plan.shards))
@@ -82,7 +82,13 @@ def run_job(config: RunConfig, console: Console) -> JobResult:
     stopped_by = None
     if todo:
         with connected(config):
-            stopped_by = asyncio.run(_drive(config, pinned.revision, run_id, todo, progress, console))
+            request, num_lanes = plan_lanes(config)
+            stages = replace(stages, config=_on(config, request.device), device=request.device)
+            _record_settings(config, stages, output, output_uri)
+            settings = _lane_settings(stages, request, run_id)
+            driver = Driver(config, settings, request, num_lanes=num_lanes, shards=todo, progress=progress)
+            seconds = sum(shard.estimated_seconds for shard in todo)
+            stopped_by = asyncio.run(_drive(driver, progress, seconds, console))
     return JobResult(
         run_id=run_id,
         output_uri=output_uri,
@@ -96,22 +102,8 @@ def run_job(config: RunConfig, console: Console) -> JobResult:
     )
 
 
-async def _drive(
-    config: RunConfig, revision: str, run_id: str, todo: tuple[Shard, ...], progress: Progress, console: Console
-) -> int | None:
+async def _drive(driver: Driver, progress: Progress, total_seconds: float, console: Console) -> int | None:
     """Run the driver under a progress line; -> the signal that stopped it, if any."""
-    request, num_lanes = plan_lanes(config)
-    settings = LaneSettings(
-        config=config.model_copy(
-            update={"checkpoint": config.checkpoint.model_copy(update={"device": request.device})}
-        ),
-        run_id=run_id,
-        model_revision=revision,
-        num_loaders=request.num_loaders,
-        loader_cpus=request.loader_cpus,
-        num_threads=request.num_threads,
-    )
-    driver = Driver(config, settings, request, num_lanes=num_lanes, shards=todo, progress=progress)
     stopped_by: list[int] = []
 
     def stop(number: int) -> None:
@@ -122,7 +114,6 @@ async def _drive(
     for number in (signal.SIGINT, signal.SIGTERM):  # after ray.init, which installs its own
         loop.add_signal_handler(number, stop, number)
     work = asyncio.create_task(driver.run())
-    total_seconds = sum(shard.estimated_seconds for shard in todo)
     display = asyncio.create_task(show(progress, total_seconds=total_seconds, console=console, stop=work.done))
     try:
         await work
@@ -137,8 +128,32 @@ def _require_output(config: RunConfig) -> str:
     return config.output.uri
 
 
-def _for_driver(config: RunConfig) -> RunConfig:
-    return config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"device": "cpu"})})
+def _on(config: RunConfig, device: str) -> RunConfig:
+    return config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"device": device})})
+
+
+def _anywhere(config: RunConfig) -> RunConfig:
+    """The config with local paths made absolute: workers run in other folders than the command."""
+    checkpoint = config.checkpoint
+    source = checkpoint.source
+    if "://" not in source and Path(source).expanduser().is_dir() and source != DEMO:
+        checkpoint = checkpoint.model_copy(update={"source": str(Path(source).expanduser().resolve())})
+    output = config.output
+    if output.uri and is_local(output.uri):
+        output = output.model_copy(update={"uri": normalise(output.uri)})
+    return config.model_copy(update={"checkpoint": checkpoint, "output": output})
+
+
+def _lane_settings(stages: Stages, request: LaneRequest, run_id: str) -> LaneSettings:
+    return LaneSettings(
+        config=stages.config,
+        run_id=run_id,
+        model_revision=stages.fetched.revision,
+        padding=stages.padding(),
+        num_loaders=request.num_loaders,
+        loader_cpus=request.loader_cpus,
+        num_threads=request.num_threads,
+    )
 
 
 def _final_status(stopped_by: int | None, status: Status) -> Status:
@@ -152,22 +167,24 @@ def _settings_uri(output_uri: str) -> str:
     return join(output_uri, "_kikitori", "settings.json")
 
 
-def _agreed_settings(config: RunConfig, stages: Stages, storage: Storage, output_uri: str) -> dict[str, Any]:
-    """One output, one way of decoding, one set of columns: what to record, if it agrees with what is there.
+def _settings(config: RunConfig, stages: Stages) -> dict[str, Any]:
+    """What all parts of an output have in common: the way of decoding, and the columns."""
+    return stages.settings() | {"output.columns": sorted(config.output.columns)}
+
+
+def _check_settings(config: RunConfig, stages: Stages, storage: Storage, output_uri: str) -> None:
+    """One output, one way of decoding, one set of columns.
 
     Raises:
         ConfigError: parts are there that were made with other settings; the differences are named.
         SystemFailure: the earlier record cannot be read.
     """
-    settings = stages.settings()
-    record: dict[str, Any] = {
-        "config_fingerprint": fingerprint(settings),
-        "settings": settings | {"output.columns": sorted(config.output.columns)},
-    }
     earlier = _recorded_settings(storage, output_uri)
     if earlier is None or not committed(output_uri, storage):
-        return record
-    now = record["settings"]
+        return
+    now = _settings(config, stages)
+    if config.checkpoint.dtype == "auto" and config.checkpoint.device != "cpu" and not ray.is_initialized():
+        now["checkpoint.dtype"] = earlier.get("checkpoint.dtype")  # known when the lanes' device is
     differences = [
         f"{key}: {earlier.get(key)!r} there, {now.get(key)!r} now"
         for key in sorted({*earlier, *now})
@@ -179,7 +196,20 @@ def _agreed_settings(config: RunConfig, stages: Stages, storage: Storage, output
             + "\n  ".join(differences)
             + "\nGo back to those settings, or choose another output.uri"
         )
-    return record
+
+
+def _record_settings(config: RunConfig, stages: Stages, storage: Storage, output_uri: str) -> None:
+    """Write down how the parts are made, now that the lanes' device is known; the first run's record stays.
+
+    Raises:
+        ConfigError: another run has begun here with other settings.
+    """
+    settings = _settings(config, stages)
+    record = json.dumps({"config_fingerprint": fingerprint(stages.settings()), "settings": settings}, indent=2)
+    if not committed(output_uri, storage):
+        storage.overwrite(_settings_uri(output_uri), record.encode())
+        storage.overwrite(join(output_uri, "_kikitori", "config.yaml"), config.to_yaml().encode())
+    _check_settings(config, stages, storage, output_uri)
 
 
 def _recorded_settings(storage: Storage, output_uri: str) -> dict[str, Any] | None:

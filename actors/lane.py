@@ -15,6 +15,7 @@ from typing import TypeVar
 from pipeline.config import RunConfig
 from pipeline.errors import SystemFailure
 from pipeline.fetch import fetch
+from pipeline.load import Padding
 from pipeline.messages import Codes, Failure, Source, Waveform
 from pipeline.run import Stages, build_stages
 from pipeline.storage import join
@@ -32,6 +33,7 @@ class LaneSettings:
     config: RunConfig
     run_id: str
     model_revision: str  # as the driver resolved it; an actor that finds another refuses to work
+    padding: Padding  # loaders need this of the checkpoint, and nothing else
     num_loaders: int
     loader_cpus: float
     num_threads: int  # of torch, in the encoder and in the decoder

@@ -3,10 +3,10 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-import torch
-
-from actors.lane import LaneSettings, open_stages, packed, worker_crashed
+from actors.lane import LaneSettings, packed, worker_crashed
+from pipeline.load import LoadStage
 from pipeline.messages import Failure, Source, Waveform
+from pipeline.storage import Storage
 
 _MAX_STRIKES = 3  # deaths of a loader on one input before that input gets an error row
 
@@ -15,8 +15,11 @@ class LoadActor:
     """Decodes and resamples on one CPU. Holds no state between calls, so it can be replaced at any moment."""
 
     def __init__(self, settings: LaneSettings) -> None:
-        torch.set_num_threads(1)
-        self._stage = open_stages(settings).load()
+        self._stage = LoadStage(Storage(settings.config.input.storage_options), settings.padding)
+
+    def ready(self) -> bool:
+        """Answers once the process is up."""
+        return True
 
     def load(self, sources: Sequence[Source], alone: bool) -> Iterator[list[Waveform | Failure]]:
         """Stream the waveforms of `sources`; `alone`: no object holds more than one input."""

@@ -172,13 +172,20 @@ def _open_trfs(root: Path, config: Mapping[str, Any]) -> Checkpoint:
         format="trfs",
         decoder=decoder,
         mimi=mimi_config_from_trfs(config["codec_config"], num_codebooks=decoder.num_codebooks),
-        speech=speech_config_from_trfs(config, _read_json(root, "preprocessor_config.json"), generation),
+        speech=speech_config_from_trfs(config, _read_preprocessor(root), generation),
         decoder_files=files,
         mimi_files=files,
         tokenizer_file=tokenizer
         if tokenizer.exists()
         else _existing(root, "tokenizer.model", or_else="tokenizer.json"),
     )
+
+
+def _read_preprocessor(root: Path) -> dict[str, Any]:
+    """The feature extractor's settings; transformers 5 saves them inside `processor_config.json`."""
+    if not (root / "preprocessor_config.json").exists() and (root / "processor_config.json").exists():
+        return _read_json(root, "processor_config.json").get("feature_extractor") or {}
+    return _read_json(root, "preprocessor_config.json")
 
 
 def _trfs_weights(root: Path) -> tuple[Path, ...]:

@@ -51,12 +51,12 @@ class Decoder(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.text_head.weight.device
+        return self.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The precision of the weights."""
-        return self.text_head.weight.dtype
+        return self.norm.weight.dtype
 
     def new_cache(self, num_slots: int, *, max_frames: int = 1) -> RingCache:
         """An empty cache for `num_slots` streams which take at most `max_frames` frames a pass."""

@@ -63,7 +63,7 @@ def decoder_rules_trfs(config: DecoderConfig) -> list[Rule]:
         Rule(target="text_embedding.weight", sources=table, build=lambda t: t[0][:num_text]),
         Rule(target="audio_embedding.weight", sources=table, build=lambda t: t[0][num_text:num_rows]),
         _same("norm.weight", "model.norm.weight", (dim,)),
-        # The last row is zero: transformers wants a logit for the BOS id too. See `engine.py`.
+        # The last row is zero: transformers wants a logit for the BOS id too. See `slots.py`.
         Rule(
             target="text_head.weight",
             sources=(("lm_head.weight", (num_text, dim)),),

@@ -81,7 +81,7 @@ class GenerateConfig(_Section):
 
     gpus: float = Field(default=0.8, ge=0)
     slots: Auto | PositiveInt = "auto"  # streams that share one pass over the weights
-    # Frames of a stream per pass, guessed and verified: changes speed, never a token. auto: what pays, by measurement.
+    # Frames of a stream per pass, guessed and verified: changes speed, never a token. auto: what paid when measured.
     lookahead: Auto | Annotated[int, Field(ge=1, le=256)] = "auto"
     temperature: float = Field(default=0.0, ge=0)
     seed: int = 0
@@ -145,7 +145,7 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(_explain(error, where=path or "the command line")) from None
 
 
-def decoding_settings(config: RunConfig, *, model_revision: str, version: str) -> dict[str, Any]:
+def decoding_settings(config: RunConfig, *, dtype: str, model_revision: str, version: str) -> dict[str, Any]:
     """Everything that can change a transcript: weights, precision, decoding options, version.
 
     What only changes speed or place (slots, lanes, actors, shard size, output URI) is left out on purpose.
@@ -154,7 +154,7 @@ def decoding_settings(config: RunConfig, *, model_revision: str, version: str) -
     return {
         "checkpoint.source": config.checkpoint.source,
         "checkpoint.revision": model_revision,
-        "checkpoint.dtype": config.checkpoint.dtype,
+        "checkpoint.dtype": dtype,  # as resolved: `auto` is another one on another device
         "stages.encode.window": config.stages.encode.window,
         "stages.generate.temperature": generate.temperature,
         "stages.generate.seed": generate.seed if generate.temperature > 0 else None,

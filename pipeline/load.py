@@ -4,6 +4,7 @@ Everything streams: of a three-hour file, one block of samples and one piece are
 """
 
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from pipeline.decode_audio import Pcm, decode, estimate_seconds
 from pipeline.errors import InputError
 from pipeline.messages import AudioFacts, Failure, Source, Waveform
 from pipeline.storage import Storage, is_local
+
+logger = logging.getLogger(__name__)
 
 Samples = NDArray[np.float32]  # [S]
 TAIL_MARGIN_SECONDS = 1.0  # what transformers' feature extractor and moshi's run_inference add to the delay
@@ -103,6 +106,10 @@ class LoadStage:
         except OSError as error:
             message = f"could not read {source.uri}: {error}; check permissions and network, then run again"
             yield _failure(source, "FETCH_FAILED", message, heard)
+        except Exception as error:
+            logger.exception("load failed on %s", source.uri)
+            message = f"{type(error).__name__} while decoding: {error}; if it plays elsewhere, please report it"
+            yield _failure(source, "DECODE_FAILED", message, heard)
 
     def _pieces(self, file: BinaryIO, heard: "_Heard") -> Iterator[tuple[Samples, bool]]:
         heard_blocks = heard.listen(decode(file), shortest_seconds=self._frame_seconds)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from models.checkpoint import Checkpoint
+from models.packing import pack
 from pipeline.align import AlignStage
 from pipeline.config import RunConfig, decoding_settings, fingerprint
 from pipeline.encode import EncodeStage
@@ -45,7 +46,7 @@ class Stages:
 
     def load(self) -> LoadStage:
         """Source -> Waveform."""
-        return LoadStage(Storage(self.config.input.storage_options), self._padding())
+        return LoadStage(Storage(self.config.input.storage_options), self.padding())
 
     def encode(self) -> EncodeStage:
         """Waveform -> Codes; reads the codec's weights."""
@@ -56,7 +57,7 @@ class Stages:
     def generate(self) -> GenerateStage:
         """Codes -> Tokens; reads the decoder's weights."""
         generate = self.config.stages.generate
-        decoder = self.checkpoint.load_decoder(device=self.device, dtype=self._dtype())
+        decoder = pack(self.checkpoint.load_decoder(device=self.device, dtype=self._dtype()))
         return GenerateStage(
             decoder,
             self.checkpoint.speech,
@@ -89,9 +90,11 @@ class Stages:
 
     def settings(self) -> dict[str, Any]:
         """Everything that can change a transcript."""
-        return decoding_settings(self.config, model_revision=self.fetched.revision, version=VERSION)
+        dtype = str(self._dtype()).removeprefix("torch.")
+        return decoding_settings(self.config, dtype=dtype, model_revision=self.fetched.revision, version=VERSION)
 
-    def _padding(self) -> Padding:
+    def padding(self) -> Padding:
+        """The silence that the checkpoint wants around the audio."""
         speech, mimi = self.checkpoint.speech, self.checkpoint.mimi
         return Padding(
             prefix_seconds=speech.prefix_seconds,

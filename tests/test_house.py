@@ -5,9 +5,12 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+
+from pipeline.run import VERSION
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("models", "pipeline", "actors", "deploy")
@@ -89,3 +92,8 @@ def test_every_bundled_clip_has_a_text_and_an_origin() -> None:
     assert not [clip for clip in clips if clip.startswith("people/") and f"`{Path(clip).name}`" not in attribution]
     expected = json.loads((SPEECH / "digits_expected.json").read_text())
     assert {clip["file"] for clip in expected} == {clip for clip in clips if clip.startswith("digits/")}
+
+
+def test_the_version_is_the_packages() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["version"] == VERSION

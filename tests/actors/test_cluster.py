@@ -51,6 +51,8 @@ def test_a_gpu_is_not_used_when_the_cpu_is_asked_for(monkeypatch: pytest.MonkeyP
     [
         (["checkpoint.device=cuda"], {"CPU": 8}, "no GPU"),
         (["stages.load.cpus=4"], {"CPU": 2}, "more than 2"),
+        (["checkpoint.device=cuda:1"], {"CPU": 8, "GPU": 2}, "use cuda or auto"),
+        (["stages.load.actors=64"], {"CPU": 4}, r"needs \{'CPU': 64"),
         (["stages.encode.gpus=0", "stages.generate.gpus=0"], {"CPU": 8, "GPU": 1}, "give them shares"),
     ],
 )

@@ -10,9 +10,12 @@ from actors.encoder import EncoderActor
 from actors.lane import LaneSettings, open_stages
 from pipeline.config import load_config
 from pipeline.fetch import fetch
+from pipeline.load import Padding
 from pipeline.messages import Codes, Failure, Source
 from tests.make_audio import sine, wav
 from tests.processes import kill_one
+
+PADDING = Padding(prefix_seconds=0.0, delay_seconds=0.5, sampling_rate_hz=24_000, samples_per_frame=1920)
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("cluster"), pytest.mark.filterwarnings("ignore")]
 
@@ -22,7 +25,13 @@ def settings() -> LaneSettings:
     config = load_config(None, ["checkpoint.source=demo", "checkpoint.device=cpu"])
     revision = fetch(config.checkpoint).revision
     return LaneSettings(
-        config=config, run_id="t", model_revision=revision, num_loaders=1, loader_cpus=0.5, num_threads=1
+        config=config,
+        run_id="t",
+        model_revision=revision,
+        padding=PADDING,
+        num_loaders=1,
+        loader_cpus=0.5,
+        num_threads=1,
     )
 
 

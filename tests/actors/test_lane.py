@@ -4,7 +4,10 @@ import pytest
 from actors.lane import LaneSettings, open_stages, packed
 from pipeline.config import load_config
 from pipeline.errors import SystemFailure
+from pipeline.load import Padding
 from pipeline.messages import AudioFacts, Source, Waveform
+
+PADDING = Padding(prefix_seconds=0.0, delay_seconds=0.5, sampling_rate_hz=24_000, samples_per_frame=1920)
 
 SOURCES = [Source(id=f"id{index}", uri=f"/x/{index}.wav") for index in range(4)]
 
@@ -34,7 +37,7 @@ def test_packing_loses_nothing_and_keeps_the_order() -> None:
 def test_a_node_with_another_copy_of_the_checkpoint_refuses_to_work() -> None:
     config = load_config(None, ["checkpoint.source=demo"])
     settings = LaneSettings(
-        config=config, run_id="t", model_revision="0" * 12, num_loaders=1, loader_cpus=1, num_threads=1
+        config=config, run_id="t", model_revision="0" * 12, padding=PADDING, num_loaders=1, loader_cpus=1, num_threads=1
     )
     with pytest.raises(SystemFailure, match="revision"):
         open_stages(settings)

@@ -5,8 +5,11 @@ from actors.lane import LaneSettings
 from actors.loader import Journey, LoadActor
 from pipeline.config import load_config
 from pipeline.fetch import fetch
+from pipeline.load import Padding
 from pipeline.messages import Failure, Source, Waveform
 from tests.actors.test_lane import SOURCES, pieces
+
+PADDING = Padding(prefix_seconds=0.0, delay_seconds=0.5, sampling_rate_hz=24_000, samples_per_frame=1920)
 
 
 @given(lengths=st.lists(st.integers(1, 4), min_size=4, max_size=4), deaths=st.lists(st.integers(0, 12), max_size=4))
@@ -51,6 +54,7 @@ def test_a_loader_keeps_every_input_in_its_own_objects_when_asked_to() -> None:
         config=config,
         run_id="test",
         model_revision=fetch(config.checkpoint).revision,
+        padding=PADDING,
         num_loaders=1,
         loader_cpus=1,
         num_threads=1,

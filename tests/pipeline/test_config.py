@@ -210,7 +210,6 @@ def test_secrets_are_neither_shown_nor_repeated_in_a_complaint(tmp_path: Path, s
     "override",
     [
         "checkpoint.source=org/name",
-        "checkpoint.dtype=bfloat16",
         "stages.encode.window=ring",
         "stages.generate.temperature=0.5",
         "stages.generate.alignment=bos-replaces-first",
@@ -246,19 +245,22 @@ def test_the_seed_counts_once_tokens_are_sampled() -> None:
     )
 
 
-def test_revision_and_version_are_part_of_the_fingerprint() -> None:
+def test_precision_revision_and_version_are_part_of_the_fingerprint() -> None:
     prints = {
-        fingerprint(decoding_settings(RunConfig(), model_revision=revision, version=version))
+        fingerprint(decoding_settings(RunConfig(), dtype=dtype, model_revision=revision, version=version))
+        for dtype in ("float32", "bfloat16")
         for revision in ("a", "b")
         for version in ("1", "2")
     }
-    assert len(prints) == 4
+    assert len(prints) == 8
 
 
 def test_settings_survive_their_journey_through_json() -> None:
-    settings = decoding_settings(RunConfig(), model_revision="a", version="1")
+    settings = decoding_settings(RunConfig(), dtype="float32", model_revision="a", version="1")
     assert fingerprint(json.loads(json.dumps(settings))) == fingerprint(settings)
 
 
 def _fingerprint(*overrides: str) -> str:
-    return fingerprint(decoding_settings(load_config(None, overrides), model_revision="a", version="1"))
+    return fingerprint(
+        decoding_settings(load_config(None, overrides), dtype="float32", model_revision="a", version="1")
+    )

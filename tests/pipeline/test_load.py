@@ -5,6 +5,7 @@ import tracemalloc
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+import pipeline.load
+from pipeline.decode_audio import Pcm
 from pipeline.load import TAIL_MARGIN_SECONDS, LoadStage, Padding, cut, probe_seconds
 from pipeline.messages import Failure, Source, Waveform
 from pipeline.storage import Storage
@@ -304,3 +307,25 @@ def test_unknown_durations_are_none(tmp_path: Path) -> None:
     (tmp_path / "empty").write_bytes(b"")
     for name in ("a", "empty", "missing"):
         assert probe_seconds(Storage(), str(tmp_path / name)) is None
+
+
+def test_an_accident_nobody_foresaw_ends_one_input_and_not_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.wav", "b.wav"):
+        (tmp_path / name).write_bytes(wav(sine(0.5)))
+    real = pipeline.load.decode
+
+    def decode_with_an_accident(file: BinaryIO) -> Iterator[Pcm]:
+        if getattr(file, "name", "").endswith("a.wav"):
+            raise ZeroDivisionError("a codec's own")
+        return real(file)
+
+    monkeypatch.setattr(pipeline.load, "decode", decode_with_an_accident)
+    sources = [Source(id=name, uri=str(tmp_path / name)) for name in ("a.wav", "b.wav")]
+    messages = list(LoadStage(Storage(), PADDING).run(sources))
+    assert isinstance(messages[0], Failure)
+    assert messages[0].code == "DECODE_FAILED"
+    assert "ZeroDivisionError" in messages[0].message
+    assert {message.source.id for message in messages[1:]} == {"b.wav"}
+    assert isinstance(messages[-1], Waveform)
