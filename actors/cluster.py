@@ -3,6 +3,8 @@
 import contextlib
 import logging
 import os
+import signal
+import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,7 +62,7 @@ def connected(config: RunConfig) -> Generator[None]:
     if config.ray.address is None:
         options |= {"include_dashboard": False}
     try:
-        with contextlib.chdir(started_in):
+        with contextlib.chdir(started_in), _signals_after():
             ray.init(address=config.ray.address or "local", **options)
     except _CONNECT_ERRORS as error:
         where = config.ray.address or "a local Ray"
@@ -69,6 +71,24 @@ def connected(config: RunConfig) -> Generator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _signals_after() -> Generator[None]:
+    """Let Ctrl-C and SIGTERM wait for the end of the block: a Ray interrupted half-way leaves processes behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread is told of signals
+        return
+    held: list[int] = []
+    before = {number: signal.signal(number, lambda n, _: held.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if held:
+        ray.shutdown()
+        signal.raise_signal(held[0])
 
 
 def plan_lanes(config: RunConfig) -> tuple[LaneRequest, int]:
