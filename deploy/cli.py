@@ -270,16 +270,19 @@ def _print_bench(facts: Mapping[str, Any]) -> None:
         f"{work['name']}: {work['clips']} clips, {work['credited_seconds']:,.1f} s of speech, "
         f"{work['step_seconds']:,.1f} s of frames"
     )
-    table = Table(title=title, title_justify="left")
+    click.echo(title)
+    table = Table(box=None, padding=(0, 1), collapse_padding=True, pad_edge=False)
     for name in ("slots", "K", "RTFx", "step RTFx", "spread", "tokens", "ms", "limit ms", "of limit", "bound"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for row in facts["engine"]:
         numbers = (row["slots"], row["lookahead"], f"{row['rtfx']:,.1f}", f"{row['step_rtfx']:,.1f}")
         spent = (f"{row['spread']:.0%}", f"{row['tokens_per_pass']:.2f}", f"{row['pass_ms']:.2f}")
         limit = (f"{row['limit_ms']:.2f}", f"{row['of_limit']:.0%}", row["bound"])
         table.add_row(*map(str, (*numbers, *spent, *limit)))
     Console(soft_wrap=False).print(table)
-    click.echo("K: look-ahead; tokens: of a stream, and ms: both per pass; limit: what this machine allows for that pass")
+    click.echo(
+        "K: look-ahead; tokens: of a stream, and ms: both per pass; limit: what this machine allows for that pass"
+    )
     shares = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in pipeline["stage_seconds"].items())
     click.echo(
         f"pipeline, {pipeline['slots']} slots, look-ahead {pipeline['lookahead']}: RTFx {pipeline['rtfx']:,.1f} "

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections import defaultdict
+from operator import itemgetter
 from pathlib import Path
 
 import jiwer
@@ -62,7 +63,7 @@ def show(output_uri: str, console: Console) -> None:
     """Print said and heard side by side, with WER per kind of speech."""
     rows = pq.read_table(f"{output_uri}/data").to_pylist()
     # Of a clip that was touched since an earlier demo there are two rows: the latest counts.
-    rows.sort(key=lambda row: row["transcribed_at"])
+    rows = sorted(rows, key=itemgetter("transcribed_at"))
     ours = [row for row in rows if Path(row["source_uri"]).is_relative_to(_SPEECH)]
     heard = {Path(row["source_uri"]).relative_to(_SPEECH).as_posix(): row for row in ours}
     references = [json.loads(line) for line in (_SPEECH / "references.jsonl").read_text().splitlines()]

@@ -26,7 +26,7 @@ EMPTY_WORDS = {"utils", "util", "common", "helpers", "helper", "core", "manager"
 # In pieces, so that this file does not contain what it looks for.
 UNFINISHED = re.compile("|".join((r"\bTO" + r"DO\b", r"\bFIX" + r"ME\b", r"sys\.path\.(?:" + r"append|insert)\(")))
 
-VERBS = ("transcribe", "run", "plan", "status", "fetch")
+VERBS = ("transcribe", "run", "plan", "status", "fetch", "bench")
 
 
 def relative(path: Path) -> str:

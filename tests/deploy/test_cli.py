@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent.parent
 DIGITS = ROOT / "tests" / "data" / "speech" / "digits"
 CLIP, TEXT = DIGITS / "test_seen_7.wav", "four nine four"
 OTHER, OTHER_TEXT = DIGITS / "test_seen_2.wav", "seven seven five five"
-VERBS = ("transcribe", "run", "plan", "status", "fetch")
+VERBS = ("transcribe", "run", "plan", "status", "fetch", "bench")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -459,3 +459,44 @@ def test_a_reader_that_leaves_is_no_accident(tmp_path: Path) -> None:
         err = process.stderr.read()
         assert process.wait(timeout=60) == 1
     assert err == ""
+
+
+BENCH = ("--shape", "tiny", "--slots", "2", "--lookahead", "1,2", "--clips", "3", "--seconds", "2", "--repeats", "1")
+
+
+def test_bench_prints_a_table_and_last_of_all_json(kikitori: Kikitori, tmp_path: Path) -> None:
+    result = kikitori("bench", write_config(tmp_path), *BENCH)
+    assert (result.code, result.err) == (0, "")
+    *shown, last = result.out.splitlines()
+    facts = json.loads(last)
+    assert [(row["slots"], row["lookahead"]) for row in facts["engine"]] == [(2, 1), (2, 2)]
+    assert any("of limit" in line for line in shown)
+    assert any(line.startswith("pipeline, 2 slots") for line in shown)
+
+
+def test_bench_prints_only_json_when_asked(kikitori: Kikitori, tmp_path: Path) -> None:
+    result = kikitori("bench", write_config(tmp_path), *BENCH, "--json")
+    assert result.code == 0
+    assert json.loads(result.out)["workload"]["clips"] == 3
+
+
+def test_bench_of_a_checkpoint_hears_the_inputs(kikitori: Kikitori, tmp_path: Path) -> None:
+    put(tmp_path, "clip.wav")
+    result = kikitori("bench", write_config(tmp_path, inputs=tmp_path), *BENCH[2:], "--json")
+    facts = json.loads(result.out)
+    assert (facts["model"], facts["workload"]["name"], facts["workload"]["clips"]) == ("demo", "inputs", 1)
+    assert "align" in facts["pipeline"]["stage_seconds"]
+
+
+@pytest.mark.parametrize("numbers", ["0", "8,x", "", "8,,16", "-1"])
+def test_bench_wants_whole_numbers(kikitori: Kikitori, tmp_path: Path, numbers: str) -> None:
+    result = kikitori("bench", write_config(tmp_path), "--slots", numbers)
+    assert (result.code, result.out) == (2, "")
+    assert "expected whole numbers from 1" in result.err
+
+
+def test_bench_says_what_peers_need(kikitori: Kikitori, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "moshi" else name)
+    result = kikitori("bench", write_config(tmp_path), *BENCH, "--peers")
+    assert (result.code, result.out) == (2, "")
+    assert "--peers needs moshi, not installed here" in result.err

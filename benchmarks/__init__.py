@@ -1,0 +1,1 @@
+"""Scripts that measure; `python -m benchmarks.NAME --help`. Results are kept in `results/`."""
