@@ -229,10 +229,15 @@ def test_a_tokenizer_that_is_none(original: Path, trfs: Path) -> None:
             open_checkpoint(folder).load_tokenizer()
 
 
-def test_a_tokenizer_of_another_size(original: Path) -> None:
-    (original / "tokenizer.model").write_bytes(sentencepiece_model(TEXT_CARD - 4))
-    with pytest.raises(FormatError, match=r"has 60 pieces, .*64 text ids"):
+def test_a_tokenizer_of_another_model(original: Path) -> None:
+    (original / "tokenizer.model").write_bytes(sentencepiece_model(TEXT_CARD - 10))
+    with pytest.raises(FormatError, match=r"has 54 pieces, .*64 text ids"):
         open_checkpoint(original).load_tokenizer()
+
+
+def test_a_tokenizer_of_a_few_ids_more_or_less_is_taken(original: Path) -> None:
+    (original / "tokenizer.model").write_bytes(sentencepiece_model(TEXT_CARD - 2))
+    assert open_checkpoint(original).load_tokenizer().is_special(TEXT_CARD - 1)
 
 
 def test_the_files_to_ask_a_repository_for(original: Path, trfs: Path) -> None:
