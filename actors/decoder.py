@@ -76,10 +76,11 @@ class DecoderActor:
             alone: one input at a time, each named in the journal before it is touched.
         """
         uri, mark = part_uri(self._output_uri, shard.id), mark_uri(self._output_uri, shard.id)
-        if await asyncio.to_thread(self._storage.exists, uri):
-            return await asyncio.to_thread(read_summary, self._storage, uri)
+        # Before anything is waited for, so that the next report counts it.
         work = self._open[shard.id] = OpenShard(shard)
         try:
+            if await asyncio.to_thread(self._storage.exists, uri):
+                return await asyncio.to_thread(read_summary, self._storage, uri)
             blamed = {culprit.source_id: culprit for culprit in culprits}
             todo = [source for source in shard.sources if source.id not in blamed]
             work.results += [blamed[source.id].row(source) for source in shard.sources if source.id in blamed]
@@ -147,7 +148,7 @@ class DecoderActor:
 
     def _has_room(self) -> bool:
         return has_room(
-            num_open=sum(len(work.waiting) for work in self._open.values()),
+            num_open=sum(work.num_open for work in self._open.values()),
             num_seated=self._host.num_seated,
             num_slots=self._num_slots,
             waiting_seconds=sum(work.remaining_seconds() for work in self._open.values()),
@@ -162,6 +163,11 @@ class OpenShard:
         self.results: list[Result] = []
         self.waiting: dict[str, asyncio.Future[None]] = {}
         self.audio_seconds = 0.0
+
+    @property
+    def num_open(self) -> int:
+        """Inputs without a result, those not asked for yet included."""
+        return len(self.shard.sources) - len(self.results)
 
     def remaining_seconds(self) -> float:
         """Estimated audio still to come."""

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,8 +106,6 @@ class _Lane:
 
     index: int
     decoder: Any
-    encoder: Any
-    group: Any
     open: dict[str, "asyncio.Task[None]"] = field(default_factory=dict[str, "asyncio.Task[None]"])
     dead: bool = False
 
@@ -133,14 +131,13 @@ class Driver:
         num_lanes: int,
         shards: Sequence[Shard],
         progress: Progress,
-        on_commit: Callable[[PartSummary], None] = lambda _: None,
     ) -> None:
         self._settings, self._request = settings, request
         self._num_lanes = min(num_lanes, len(shards))
         self._todo = deque(_Task(shard) for shard in shards)
         self._num_left = len(shards)
         self._num_open = 0
-        self._progress, self._on_commit = progress, on_commit
+        self._progress = progress
         self._storage = Storage(config.output.storage_options)
         self._output_uri = config.output.uri
         self._finished = asyncio.Event()
@@ -186,9 +183,7 @@ class Driver:
             try:
                 if await self._live(index):
                     pause = 0.5
-            except LANE_DEAD as error:
-                self._start_failed(error)
-            except SystemFailure as error:
+            except (*LANE_DEAD, SystemFailure) as error:
                 self._start_failed(error)
             await asyncio.sleep(pause)
             pause = min(30.0, 2 * pause)
@@ -255,7 +250,7 @@ class Driver:
         await encoder.ready.remote()  # an encoder that cannot start must not count against a shard
         pid = await decoder.ready.remote()
         logger.info("lane %d is up: decoder process %d", index, pid)
-        return _Lane(index=index, decoder=decoder, encoder=encoder, group=group)
+        return _Lane(index=index, decoder=decoder)
 
     async def _feed(self, lane: _Lane) -> None:
         """Give the lane its next shard only when it has room for it."""
@@ -313,7 +308,6 @@ class Driver:
         self._progress.num_committed += summary.num_rows
         self._progress.num_errors += sum(summary.errors.values())
         self._progress.audio_seconds += summary.audio_seconds
-        self._on_commit(summary)
         self._done_with_one()
 
     def _done_with_one(self) -> None:

@@ -3,7 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.decoder import has_room
+from actors.decoder import OpenShard, has_room
+from pipeline.messages import Failure, Shard, Source
 
 SLOTS = st.integers(1, 256)
 
@@ -24,3 +25,12 @@ def test_a_full_lane_queues_at_most_a_quarter_of_its_slots(num_slots: int, waiti
 @given(num_slots=SLOTS)
 def test_a_full_lane_with_hours_to_go_takes_nothing_that_another_lane_could_do(num_slots: int) -> None:
     assert not has_room(num_open=num_slots, num_seated=num_slots, num_slots=num_slots, waiting_seconds=3600)
+
+
+def test_a_shard_counts_from_the_moment_it_is_handed_over() -> None:
+    """Else the driver, asking again at once, would be told of room that is already given away."""
+    sources = tuple(Source(id=str(index), uri=f"/x/{index}") for index in range(3))
+    work = OpenShard(Shard(id="s", sources=sources, estimated_seconds=30.0))
+    assert (work.num_open, work.remaining_seconds()) == (3, 30.0)
+    work.results.append(Failure(source=sources[0], stage="load", code="NOT_FOUND", message=""))
+    assert work.num_open == 2
