@@ -318,6 +318,8 @@ def _run_peers(shape: str, repeats: int, *, quiet: bool) -> Any:
 
 
 def _transcribe(config: RunConfig, files: Sequence[str], form: str) -> int:
+    import torch
+
     from pipeline.fetch import fetch as fetch_checkpoint
     from pipeline.messages import Failure
     from pipeline.run import build_stages, in_order
@@ -331,6 +333,7 @@ def _transcribe(config: RunConfig, files: Sequence[str], form: str) -> int:
         raise ConfigError(f"--format {form} is one file of captions, but {len(sources)} inputs were given; name one")
     stages = build_stages(config, fetch_checkpoint(config.checkpoint))
     names = {} if len(sources) == 1 else {source.uri: name for source, name in sources.items()}
+    torch.set_num_threads(stages.num_threads())
     show = _printer(form, stages.provenance(run_id="transcribe"), config, names=names)
     failures = 0
     with _counting(len(sources)) as tick:
@@ -346,6 +349,7 @@ def _transcribe(config: RunConfig, files: Sequence[str], form: str) -> int:
 
 def _sources(files: Sequence[str], storage: "Storage") -> "dict[Source, str]":
     """The inputs in the order in which they were named, each with its name as it was given, or else its URI."""
+
     from pipeline.discover import discover
     from pipeline.storage import normalise
 

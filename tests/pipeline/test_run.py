@@ -222,3 +222,10 @@ def _put(folder: Path, name: str, data: bytes) -> Source:
     (folder / name).write_bytes(data)
     [found] = discover([str(folder / name)], Storage()).found
     return found.source
+
+
+def test_a_small_model_has_a_thread_of_its_own_and_a_large_one_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    assert stages_of().num_threads() == 1
+    monkeypatch.setattr("pipeline.run._SMALL_MODEL_BYTES", 10)
+    assert stages_of().num_threads() == 7
