@@ -73,6 +73,12 @@ def test_look_ahead_changes_no_token(
     assert logprobs == pytest.approx(plain_logprobs, abs=1e-4)
 
 
+def test_twenty_minutes_are_as_exact_as_a_second(tiny_decoder: Decoder) -> None:
+    """15,001 positions turn the rings of keys and of audio hundreds of times."""
+    codes = streams(1, 15_001)[0]
+    assert alone(tiny_decoder, codes, lookahead=16)[0] == alone(tiny_decoder, codes)[0]
+
+
 @pytest.mark.parametrize("lookahead", LOOKAHEADS)
 def test_guesses_that_are_all_right_are_all_taken(tiny_original: Path, lookahead: int) -> None:
     decoder = open_checkpoint(tiny_original).load_decoder()
