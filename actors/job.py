@@ -19,7 +19,7 @@ from actors.cluster import LaneRequest, connected, plan_lanes
 from actors.driver import Driver, Progress
 from actors.lane import LaneSettings
 from actors.progress import show
-from pipeline.config import RunConfig, fingerprint
+from pipeline.config import RunConfig, fingerprint, require_output_uri
 from pipeline.errors import ConfigError, SystemFailure
 from pipeline.fetch import DEMO, fetch
 from pipeline.plan import committed, make_plan, remaining
@@ -68,7 +68,7 @@ def run_job(config: RunConfig, console: Console) -> JobResult:
     begun = time.monotonic()
     config = _anywhere(config)
     output = Storage(config.output.storage_options)
-    output_uri = _require_output(config)
+    output_uri = require_output_uri(config)
     check_columns(config.output.columns)
     pinned = fetch(config.checkpoint)
     # On a cluster the GPUs are elsewhere; what this machine lacks is for the lanes to say.
@@ -120,12 +120,6 @@ async def _drive(driver: Driver, progress: Progress, total_seconds: float, conso
     finally:
         await display
     return stopped_by[0] if stopped_by else None
-
-
-def _require_output(config: RunConfig) -> str:
-    if not config.output.uri:
-        raise ConfigError("output.uri is empty: say where the transcripts go, a folder or a URI like s3://bucket/out")
-    return config.output.uri
 
 
 def _on(config: RunConfig, device: str) -> RunConfig:

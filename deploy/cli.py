@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.config import RunConfig, load_config
+from pipeline.config import RunConfig, load_config, require_output_uri
 from pipeline.errors import ConfigError, KikitoriError
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def plan(config_path: str, show_config: bool, as_json: bool, overrides: Sequence
     from pipeline.write import check_columns
 
     check_columns(config.output.columns)
-    output_uri = _output_uri(config)
+    output_uri = require_output_uri(config)
     output = Storage(config.output.storage_options)
     with _working("listing inputs and reading headers"):
         made = make_plan(config, Storage(config.input.storage_options), output)
@@ -165,7 +165,7 @@ def status(config_path: str, as_json: bool, overrides: Sequence[str], verbose: b
     from pipeline.status import status_of
     from pipeline.storage import Storage
 
-    output_uri, output = _output_uri(config), Storage(config.output.storage_options)
+    output_uri, output = require_output_uri(config), Storage(config.output.storage_options)
     with _working("reading the plan and the parts' footers"):
         made = read_plan(output_uri, output)
         found = status_of(made, output_uri, output)
@@ -385,12 +385,6 @@ def _printer(
             click.echo((srt if form == "srt" else vtt)(result.words), nl=False)
 
     return show
-
-
-def _output_uri(config: RunConfig) -> str:
-    if not config.output.uri:
-        raise ConfigError("output.uri is empty: say where the transcripts go, a folder or a URI like s3://bucket/out")
-    return config.output.uri
 
 
 def _status_as_json(status: "Status", output_uri: str) -> dict[str, Any]:

@@ -145,6 +145,17 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(_explain(error, where=path or "the command line")) from None
 
 
+def require_output_uri(config: RunConfig) -> str:
+    """Where the transcripts go.
+
+    Raises:
+        ConfigError: the config does not say.
+    """
+    if not config.output.uri:
+        raise ConfigError("output.uri is empty: say where the transcripts go, a folder or a URI like s3://bucket/out")
+    return config.output.uri
+
+
 def decoding_settings(config: RunConfig, *, dtype: str, model_revision: str, version: str) -> dict[str, Any]:
     """Everything that can change a transcript: weights, precision, decoding options, version.
 
