@@ -159,3 +159,28 @@ def test_more_than_the_ring_was_made_for_is_refused() -> None:
 def test_whole_clips_have_no_ring_window() -> None:
     with pytest.raises(ValueError, match="exact window"):
         WholeClip(spec(window="ring"), num_rows=1, length=4, device=torch.device("cpu"))
+
+
+@given(
+    rows=st.lists(st.integers(0, 19), min_size=1, unique=True).map(sorted),
+    warm_up=st.lists(st.integers(0, 2), min_size=20, max_size=20),
+    num_new=st.integers(1, 2),
+)
+def test_a_call_with_some_rows_gives_them_what_a_call_with_all_gives(
+    rows: list[int], warm_up: list[int], num_new: int
+) -> None:
+    """Any choice of rows, with holes and runs of any length, each row at its own position."""
+    caches = ring(20, max_new=2), ring(20, max_new=2)
+    for seed in range(5):
+        before = qkv(20, 2, seed)
+        for cache in caches:
+            call(cache, before)
+            cache.advance(torch.tensor(warm_up))
+    new = qkv(20, num_new, seed=9)
+    everyone = call(caches[0], new)
+    caches[1].begin(num_new, rows=rows)
+    some = caches[1].attend(0, *(x[rows] for x in new))
+    torch.testing.assert_close(some, everyone[rows], **CLOSE)
+    caches[1].advance(num_new, rows=rows)
+    expected = torch.tensor([5 * count + num_new * (row in rows) for row, count in enumerate(warm_up)])
+    assert torch.equal(caches[1].position_B, expected)

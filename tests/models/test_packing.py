@@ -57,5 +57,29 @@ def test_values_are_the_same_up_to_rounding() -> None:
 
 
 def test_other_precisions_and_biases_stay_as_they_are() -> None:
-    pair = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, bias=False).to(torch.bfloat16))
+    pair = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, bias=False).to(torch.float64))
     assert [type(module) for module in pack(pair)] == [nn.Linear, nn.Linear]
+
+
+needs_bfloat16 = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU does not compute in bfloat16"
+)
+
+
+@needs_bfloat16
+def test_bfloat16_sums_in_float32_and_rows_ignore_their_neighbours() -> None:
+    rng = torch.Generator().manual_seed(0)
+    weight = torch.randn(1536, 512, generator=rng).to(torch.bfloat16)
+    x = torch.randn(128, 512, generator=rng).to(torch.bfloat16)
+    (linear,) = pack(nn.Sequential(_linear(weight)))
+    assert isinstance(linear, PackedLinear)
+    exact = x.float() @ weight.float().T
+    # Rounded once, at the end: within half a unit of bfloat16's 8 bits, and a little for the order of the sum.
+    torch.testing.assert_close(linear(x).float(), exact, rtol=2**-8, atol=1e-4)
+    assert all(torch.equal(linear(x[:num]), linear(x)[:num]) for num in (2, 3, 7, 16, 33))
+
+
+def _linear(weight: torch.Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+    linear.weight.data.copy_(weight)
+    return linear
