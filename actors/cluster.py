@@ -19,6 +19,7 @@ import ray
 
 from pipeline.config import RunConfig
 from pipeline.errors import ConfigError, SystemFailure
+from pipeline.run import check_precision
 
 # More loaders than this do not feed one GPU any better: one core decodes 200-900 h of audio per hour.
 _MAX_LOADERS = 8
@@ -105,6 +106,7 @@ def plan_lanes(config: RunConfig) -> tuple[LaneRequest, int]:
     if device == "cuda" and not num_gpus:
         raise ConfigError(f"checkpoint.device is {device}, but the cluster has no GPU; use cpu or auto")
     on_gpu = num_gpus > 0 and device != "cpu"
+    check_precision(config.stages.encode, "cuda" if on_gpu else "cpu")
     request = _gpu_lane(config, nodes) if on_gpu else _cpu_lane(config, nodes)
     if config.ray.address is None and not any(_fits(request.bundle, node) for node in nodes):
         raise ConfigError(f"a lane needs {request.bundle} on one node, but this machine has {_offers(nodes)}")

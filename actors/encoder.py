@@ -1,7 +1,6 @@
 """Mimi in an actor, with the loaders that feed it."""
 
 import queue
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from ray.exceptions import ActorUnavailableError, ObjectLostError, OutOfMemoryEr
 
 from actors.lane import LaneSettings, open_stages, packed
 from actors.loader import Journey, LoadActor
-from pipeline.encode import EncodeStage
+from pipeline.encode import BatchEncodeStage, EncodeStage
 from pipeline.errors import SystemFailure
 from pipeline.messages import Codes, Failure, Source, Waveform
 
@@ -26,8 +25,7 @@ class EncoderActor:
     def __init__(self, settings: LaneSettings) -> None:
         torch.set_num_threads(settings.num_threads)
         self._settings = settings
-        self._stage: EncodeStage = open_stages(settings).encode()
-        self._one_at_a_time = threading.Lock()  # the device does one piece at a time anyway
+        self._stage: EncodeStage | BatchEncodeStage = open_stages(settings).encode()
         self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
         for _ in range(settings.num_loaders):
             self._idle.put(self._new_loader())
@@ -37,8 +35,8 @@ class EncoderActor:
         return True
 
     def encode(self, sources: Sequence[Source]) -> Iterator[list[Codes | Failure]]:
-        """Stream the codes of `sources`."""
-        yield from packed(self._codes(sources))
+        """Stream the codes of `sources`; all shards share the stage, and its rows where it has more than one."""
+        yield from packed(self._stage.run(self._waveforms(sources)))
 
     def _new_loader(self) -> Any:
         """A loader that is up. One that cannot start is no input's fault, so nothing may be blamed for it.
@@ -54,12 +52,6 @@ class EncoderActor:
         except LOADER_DEAD as error:
             raise SystemFailure(f"a loader could not start: {error}") from None
         return loader
-
-    def _codes(self, sources: Sequence[Source]) -> Iterator[Codes | Failure]:
-        for message in self._waveforms(sources):
-            with self._one_at_a_time:
-                encoded = list(self._stage.accept(message))
-            yield from encoded
 
     def _waveforms(self, sources: Sequence[Source]) -> Iterator[Waveform | Failure]:
         """Pull from one loader; when it dies, go on with a new one where the old one stopped."""

@@ -31,4 +31,5 @@ class CausalConv1d(nn.Module):
             x_BCL = F.pad(x_BCL, (0, missing))
         extended = torch.cat([context_BCP, x_BCL], dim=-1) if self.context_size else x_BCL
         out = F.conv1d(extended, self.weight, self.bias, stride=self.stride)
-        return out, extended[..., extended.shape[-1] - self.context_size :]
+        # A copy: a view would keep all of `extended` until the next call, at full size 61 MB for ten seconds of audio.
+        return out, extended[..., extended.shape[-1] - self.context_size :].clone()

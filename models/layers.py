@@ -3,10 +3,13 @@
 # B rows, T frames, D channels, H heads, E channels per head.
 
 import math
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+_HAS_TRITON = find_spec("triton") is not None
 
 
 class RMSNorm(nn.Module):
@@ -18,6 +21,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        if _has_kernels(x_BTD):
+            return add_and_norm(x_BTD, None, self)[1]
         x = x_BTD.float()
         scale = self.weight.float() * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
         return (x * scale).to(x_BTD.dtype)
@@ -56,8 +61,7 @@ class GatedMLP(nn.Module):
         self.down = nn.Linear(hidden_dim, dim, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        gate, value = self.up(x_BTD).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * value)
+        return self.down(silu_times(self.up(x_BTD)))
 
 
 class GeluMLP(nn.Module):
@@ -70,6 +74,32 @@ class GeluMLP(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(x_BTD)))
+
+
+def add_and_norm(x_BTD: Tensor, branch_BTD: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """`x + branch` and its norm; without a branch, x and its norm."""
+    if isinstance(norm, RMSNorm) and _has_kernels(x_BTD):
+        from models.glue_kernels import add_and_rms_norm
+
+        return add_and_rms_norm(x_BTD, branch_BTD, norm.weight, eps=norm.eps)
+    if branch_BTD is not None:
+        x_BTD = x_BTD + branch_BTD
+    return x_BTD, norm(x_BTD)
+
+
+def silu_times(gate_and_value: Tensor) -> Tensor:
+    """`silu(a) * b` of `[..., a | b]`."""
+    if _has_kernels(gate_and_value):
+        from models import glue_kernels
+
+        return glue_kernels.silu_times(gate_and_value)
+    gate, value = gate_and_value.chunk(2, dim=-1)
+    return F.silu(gate) * value
+
+
+def _has_kernels(x: Tensor) -> bool:
+    """Whether `models/glue_kernels.py` can be used: on a GPU with triton, and nothing is to be differentiated."""
+    return _HAS_TRITON and x.is_cuda and not torch.is_grad_enabled()
 
 
 def rotary_tables(position_BT: Tensor, *, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ never wrap; only the place where a key is kept does.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal, Protocol
 
 import torch
@@ -46,6 +47,7 @@ class Memory(Protocol):
 
     cos: Tensor
     sin: Tensor
+    rotates: bool  # whether `attend` turns q and k itself; otherwise they come turned
 
     def attend(self, layer: int, q_BTHE: Tensor, k_BTHE: Tensor, v_BTHE: Tensor) -> Tensor:
         """Remember k and v of `layer`, return the attention output `[B, T, H, E]`."""
@@ -67,6 +69,7 @@ class RingCache:
         self.max_new = max_new
         self.num_rows = num_rows
         self.num_places = spec.context + max_new - 1
+        self.rotates = _has_kernel(spec, max_new, device)
         # The places of one head lie together: attention reads them in one run.
         shape = (spec.num_layers, num_rows, spec.num_heads, self.num_places, spec.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
@@ -92,14 +95,33 @@ class RingCache:
         if not 1 <= num_new <= self.max_new:
             raise ValueError(f"{num_new} new positions; this cache was made for 1 to {self.max_new}")
         device = self.position_B.device
+        if rows is not None and device.type != "cpu":
+            raise ValueError(f"a call with some rows only is for a CPU; on {device} all take part")
         self._row_B1 = self._all_B1 if rows is None else torch.tensor(rows, device=device)[:, None]
         new_BT = self.position_B[self._row_B1] + torch.arange(num_new, device=device)
         self.cos, self.sin = rotary_tables(new_BT, head_dim=self.spec.head_dim, theta=self.spec.rope_theta)
+        if self.rotates:
+            return
         self._places_BT = new_BT % self.num_places
         self._groups = list(self._group(new_BT, range(self.num_rows) if rows is None else rows))
 
     def attend(self, layer: int, q_BTHE: Tensor, k_BTHE: Tensor, v_BTHE: Tensor) -> Tensor:
         keys, values = self.keys[layer], self.values[layer]
+        if self.rotates:
+            from models.ring_kernel import ring_attend
+
+            return ring_attend(
+                q_BTHE,
+                k_BTHE,
+                v_BTHE,
+                keys_BHSE=keys,
+                values_BHSE=values,
+                position_B=self.position_B,
+                cos=self.cos,
+                sin=self.sin,
+                context=self.spec.context,
+                like_moshi=self.spec.window == "ring",
+            )
         keys[self._row_B1, :, self._places_BT] = k_BTHE
         values[self._row_B1, :, self._places_BT] = v_BTHE
         q_BHTE = q_BTHE.transpose(1, 2)
@@ -140,6 +162,14 @@ class RingCache:
         return (held_B1S >= 0) & (held_B1S <= query_BT1) & (held_B1S > newest_BT1 - self.spec.context)
 
 
+def _has_kernel(spec: AttentionSpec, max_new: int, device: torch.device) -> bool:
+    if device.type != "cuda" or find_spec("triton") is None:
+        return False
+    from models.ring_kernel import is_supported
+
+    return is_supported(head_dim=spec.head_dim, max_new=max_new)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Group:
     """Neighbouring rows of a call, attended over the same number of places."""
@@ -165,6 +195,8 @@ class WholeClip:
     Queries are taken in blocks of `context`, each of which needs only its own block of keys and the one before: memory
     grows with the length of the clip, not with its square.
     """
+
+    rotates = False
 
     def __init__(self, spec: AttentionSpec, *, num_rows: int, length: int, device: torch.device) -> None:
         if spec.window != "exact":

@@ -1,13 +1,15 @@
-"""What a pass of the decoder cannot do without: bytes moved and operations done, counted from the dims.
+"""What a pass cannot do without: bytes moved and operations done, counted from the dims.
 
-A pass is bound by memory as long as few positions share one reading of the weights, and by arithmetic beyond. Counted
-are weights and keys and values; embeddings are gathers of a few rows and activations stay in the caches, so both are
-left out and the limit is a little too kind to the machine, never to us.
+A pass of the decoder is bound by memory as long as few positions share one reading of the weights, and by arithmetic
+beyond. Counted are weights and keys and values; embeddings are gathers of a few rows and activations stay in the
+caches, so both are left out and the limit is a little too kind to the machine, never to us. Of the encoder, whose
+activations are far larger than its weights, it is the activations that are counted.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from models.config import DecoderConfig
+from models.config import DecoderConfig, MimiConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +74,55 @@ def pass_cost(
         * num_positions
         * (2 * _num_product_weights(config) + 4 * config.num_layers * config.dim * (filled_context + 1)),
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodeCost:
+    """The least that encoding has to move and to compute."""
+
+    num_bytes: float
+    flops: float
+
+    def limit_seconds(self, machine: Machine) -> float:
+        """The time below which this machine cannot do it."""
+        return max(self.num_bytes / machine.bytes_per_second, self.flops / machine.flops_per_second)
+
+
+def encode_cost(config: MimiConfig, *, seconds: float, itemsize: int) -> EncodeCost:
+    """The cost of so much audio in long pieces.
+
+    Bytes are the inputs and outputs of SEANet's convolutions, each moved once, as if everything between them were done
+    on the way; weights are read once per call and the rest is small, so both are left out.
+
+    Args:
+        itemsize: bytes of an activation's element.
+    """
+    rate, flops, elements = float(config.sample_rate_hz), 0.0, 0.0
+    for channels, width, kernel_size, stride in _convolutions(config):
+        elements += rate * channels
+        rate /= stride
+        elements += rate * width
+        flops += 2 * rate * channels * width * kernel_size
+    layer = 2 * (4 * config.dim**2 + 2 * config.dim * config.mlp_dim) + 4 * config.dim * config.context
+    flops += rate * config.num_layers * layer
+    downsample = 2 * config.dim**2 * 2 * config.downsample_stride
+    projections = 2 * 2 * config.dim * config.codebook_dim
+    distances = 2 * config.num_codebooks * config.codebook_size * config.codebook_dim
+    flops += config.frame_rate_hz * (downsample + projections + distances)
+    return EncodeCost(num_bytes=seconds * elements * itemsize, flops=seconds * flops)
+
+
+def _convolutions(config: MimiConfig) -> Iterator[tuple[int, int, int, int]]:
+    """SEANet's, in order: channels in and out, kernel size, stride."""
+    channels = config.num_filters
+    yield 1, channels, config.kernel_size, 1
+    for stride in config.strides:
+        narrow = channels // config.compress
+        yield channels, narrow, config.residual_kernel_size, 1
+        yield narrow, channels, 1, 1
+        yield channels, 2 * channels, 2 * stride, stride
+        channels *= 2
+    yield channels, config.dim, config.last_kernel_size, 1
 
 
 def _num_product_weights(config: DecoderConfig) -> int:

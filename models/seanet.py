@@ -19,9 +19,10 @@ class Stage(nn.Module):
         self.down = CausalConv1d(channels, 2 * channels, 2 * stride, stride=stride)
 
     def forward(self, x: Tensor, contexts: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        # In place where nobody else needs the value: these tensors are large, and a fresh one costs page faults.
         hidden, narrow = self.narrow(F.elu(x), contexts[0])
-        hidden, widen = self.widen(F.elu(hidden), contexts[1])
-        out, down = self.down(F.elu(x + hidden), contexts[2])
+        hidden, widen = self.widen(F.elu(hidden, inplace=True), contexts[1])
+        out, down = self.down(F.elu(hidden.add_(x), inplace=True), contexts[2])
         return out, [narrow, widen, down]
 
 
@@ -53,5 +54,5 @@ class SEANet(nn.Module):
         for index, stage in enumerate(self.stages):
             x, stage_contexts = stage(x, contexts[1 + 3 * index : 4 + 3 * index])
             after += stage_contexts
-        x, last = self.last(F.elu(x), contexts[-1])
+        x, last = self.last(F.elu(x, inplace=True), contexts[-1])
         return x, [*after, last]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from models.layers import rotate
+from models.layers import add_and_norm, rotate
 from models.memory import Memory
 
 
@@ -21,7 +21,8 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, layer: int, memory: Memory) -> Tensor:
         q, k, v = self.qkv(x_BTD).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        q, k = rotate(q, memory.cos, memory.sin), rotate(k, memory.cos, memory.sin)
+        if not memory.rotates:
+            q, k = rotate(q, memory.cos, memory.sin), rotate(k, memory.cos, memory.sin)
         return self.out(memory.attend(layer, q, k, v).flatten(2))
 
 
@@ -41,8 +42,19 @@ class Block(nn.Module):
         self.norm2, self.mlp, self.scale2 = make_norm(), mlp, make_scale()
 
     def forward(self, x_BTD: Tensor, layer: int, memory: Memory) -> Tensor:
-        x_BTD = x_BTD + self.scale1(self.attention(self.norm1(x_BTD), layer, memory))
-        return x_BTD + self.scale2(self.mlp(self.norm2(x_BTD)))
+        x_BTD, branch_BTD = self.open(x_BTD, None, layer, memory)
+        return x_BTD + branch_BTD
+
+    def open(self, x_BTD: Tensor, branch_BTD: Tensor | None, layer: int, memory: Memory) -> tuple[Tensor, Tensor]:
+        """Everything but the last sum, which the norm of the next block takes along: -> its two terms.
+
+        Args:
+            branch_BTD: what the block before has left to be added to x.
+        """
+        x_BTD, normed_BTD = add_and_norm(x_BTD, branch_BTD, self.norm1)
+        heard_BTD = self.scale1(self.attention(normed_BTD, layer, memory))
+        x_BTD, normed_BTD = add_and_norm(x_BTD, heard_BTD, self.norm2)
+        return x_BTD, self.scale2(self.mlp(normed_BTD))
 
 
 class Transformer(nn.Module):
@@ -53,6 +65,8 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(blocks)
 
     def forward(self, x_BTD: Tensor, memory: Memory) -> Tensor:
-        for index, layer in enumerate(self.layers):
-            x_BTD = layer(x_BTD, index, memory)
-        return x_BTD
+        branch_BTD = None
+        for index, block in enumerate(self.layers):
+            assert isinstance(block, Block)
+            x_BTD, branch_BTD = block.open(x_BTD, branch_BTD, index, memory)
+        return x_BTD if branch_BTD is None else x_BTD + branch_BTD

@@ -24,12 +24,12 @@ from models.roofline import Machine, num_parameters
 from models.shapes import SHAPES, random_decoder, random_mimi
 from pipeline.config import RunConfig
 from pipeline.discover import discover
-from pipeline.encode import EncodeStage
+from pipeline.encode import BatchEncodeStage, EncodeStage
 from pipeline.errors import ConfigError
 from pipeline.fetch import fetch
 from pipeline.generate import GenerateStage
 from pipeline.messages import Failure, Source, Waveform
-from pipeline.run import Stages, build_stages, resolve_device, resolve_dtype
+from pipeline.run import Stages, build_stages, encode_stage, resolve_device, resolve_dtype
 from pipeline.speed import Point, Ride, one_ride, probe, sweep
 from pipeline.storage import Storage
 from pipeline.workload import MIXES, Clips, Workload, make_workload, noise, random_clips
@@ -307,8 +307,8 @@ def _clips(config: RunConfig, model: _Model, audio: Stream, *, name: str) -> Cli
     )
 
 
-def _encode_stage(config: RunConfig, model: _Model) -> EncodeStage:
-    return EncodeStage(model.mimi, piece_seconds=config.stages.encode.piece_seconds)
+def _encode_stage(config: RunConfig, model: _Model) -> EncodeStage | BatchEncodeStage:
+    return encode_stage(model.mimi, config.stages.encode)
 
 
 def _run_pipeline(config: RunConfig, model: _Model, audio: Stream, best: Point) -> PipelineRun:

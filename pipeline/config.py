@@ -18,8 +18,11 @@ from pipeline.errors import ConfigError
 
 Alignment = Literal["all-frames", "bos-replaces-first", "first-frame-twice"]
 Auto = Literal["auto"]
+Precision = Literal["float32", "tf32", "bfloat16"]
 PositiveInt = Annotated[int, Field(ge=1)]
 Text = Annotated[str, Field(min_length=1)]
+# Handed to fsspec as they are. Never logged, shown or written to the output: they may be secrets.
+StorageOptions = Annotated[dict[str, Any], Field(repr=False)]
 
 
 def _known_device(value: str) -> str:
@@ -39,6 +42,7 @@ class CheckpointConfig(_Section):
     revision: Text = "main"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
     device: Annotated[str, AfterValidator(_known_device)] = "auto"
+    storage_options: StorageOptions = {}  # of a URI as source
 
 
 class InputConfig(_Section):
@@ -46,7 +50,7 @@ class InputConfig(_Section):
 
     uris: list[Text] = []  # an empty one would be the folder that the command runs in
     shard_audio_hours: float = Field(default=1.0, gt=0)
-    storage_options: dict[str, Any] = {}  # handed to fsspec as they are; never logged, never written to the output
+    storage_options: StorageOptions = {}
 
 
 class OutputConfig(_Section):
@@ -54,7 +58,7 @@ class OutputConfig(_Section):
 
     uri: str = ""
     columns: list[Literal["tokens", "codes", "audio"]] = []
-    storage_options: dict[str, Any] = {}
+    storage_options: StorageOptions = {}
 
 
 class LoadConfig(_Section):
@@ -71,9 +75,13 @@ class EncodeConfig(_Section):
     # exact: every latent sees the whole window.
     # ring: moshi's streaming encoder, where the first latent of a frame sees one less.
     window: Literal["exact", "ring"] = "exact"
-    piece_seconds: float = Field(
-        default=10.0, gt=0, le=3600
-    )  # audio encoded in one call; bounds memory, changes no code
+    # Streams side by side in one call. auto: 1 on a CPU, which one stream keeps busy, 16 on a GPU.
+    rows: Auto | Annotated[int, Field(ge=1, le=1024)] = "auto"
+    # Audio of a stream encoded in one call; bounds memory. auto: 10 with one row, 2 with more. It and rows decide how
+    # sums are grouped: a code that was nearly a tie may fall the other way, in 1 of 2,000 frames of random weights.
+    piece_seconds: Auto | Annotated[float, Field(gt=0, le=3600)] = "auto"
+    # Of everything before the quantizer. float32: strict, also where torch would take TF32. Others give other codes.
+    precision: Precision = "float32"
 
 
 class GenerateConfig(_Section):
@@ -124,7 +132,7 @@ class RunConfig(_Section):
     def to_yaml(self) -> str:
         """The complete config, defaults included; values of `storage_options` are hidden, they may be secrets."""
         data = self.model_dump(mode="json")
-        for section in ("input", "output"):
+        for section in ("checkpoint", "input", "output"):
             options: dict[str, Any] = data[section]["storage_options"]
             data[section]["storage_options"] = dict.fromkeys(options, "***")
         return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
@@ -159,10 +167,10 @@ def require_output_uri(config: RunConfig) -> str:
 def decoding_settings(config: RunConfig, *, dtype: str, model_revision: str, version: str) -> dict[str, Any]:
     """Everything that can change a transcript: weights, precision, decoding options, version.
 
-    What only changes speed or place (slots, lanes, actors, shard size, output URI) is left out on purpose.
+    What only changes speed or place (slots, rows, lanes, actors, shard size, output URI) is left out on purpose.
     """
     generate = config.stages.generate
-    return {
+    settings = {
         "checkpoint.source": config.checkpoint.source,
         "checkpoint.revision": model_revision,
         "checkpoint.dtype": dtype,  # as resolved: `auto` is another one on another device
@@ -172,6 +180,10 @@ def decoding_settings(config: RunConfig, *, dtype: str, model_revision: str, ver
         "stages.generate.alignment": generate.alignment,
         "version": version,
     }
+    # float32 goes without saying, as it did before there was a choice: fingerprints of earlier runs stay what they are.
+    if config.stages.encode.precision != "float32":
+        settings["stages.encode.precision"] = config.stages.encode.precision
+    return settings
 
 
 def fingerprint(settings: dict[str, Any]) -> str:

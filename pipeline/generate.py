@@ -1,6 +1,12 @@
 """Codes -> Tokens: streams come and go in the decoder's slots; every pass moves all of them.
 
 `accept` and `step` are the whole of it. `run` drives them from an iterator; an actor drives them from its inbox.
+
+There is no end-of-stream token: a stream is over when its audio is. So the host knows beforehand for how many passes no
+slot can run out, starts those as one bundle, and reads the tokens of the bundle before while this one runs. Without
+look-ahead it also knows when a stream will be over, and gives its slot away before it has seen the last tokens. With
+look-ahead it learns that one bundle late, and the slot stands still for that long: towards the end of a stream a bundle
+is one pass, so a pass or two per stream.
 """
 
 import hashlib
@@ -15,8 +21,9 @@ from numpy.typing import NDArray
 
 from models.config import SpeechConfig
 from models.decoder import Decoder
-from models.slots import Harvest, Slots
+from models.slots import Harvest, Report, Slots
 from pipeline.config import Alignment
+from pipeline.failpoints import failpoint
 from pipeline.messages import AudioFacts, Codes, Failure, Source, Tokens
 
 
@@ -37,11 +44,16 @@ _SCHEDULES: dict[Alignment, _Schedule] = {
 }
 
 
+# On a GPU; on a CPU a bundle is one pass, and read at once, since the host is what would do two things at a time.
+_BUNDLE_PASSES = 32
+# While a slot stands empty: a stream that arrives should not have to wait for long.
+_SHORT_BUNDLE_PASSES = 4
+
 # Of seated streams, before more is pulled in search of a stream for a free slot: 27 minutes of audio, 1.3 MB of codes.
 _MAX_WAITING_FRAMES = 20_000
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Stream:
     """A stream that has arrived, waiting for a slot or sitting in one."""
 
@@ -51,6 +63,7 @@ class _Stream:
     pieces: deque[NDArray[np.int16]] = field(default_factory=deque)  # codes [K, T], oldest first
     num_waiting: int = 0  # columns in `pieces`
     facts: AudioFacts | None = None  # known when the last piece has come
+    slot: int | None = None  # as long as it needs one
     num_fed: int = 0  # positions given to the slot, the BOS step included
     # Flat arrays: of a day of audio, a million small objects would weigh a hundred times what they hold.
     ids: "array[int]" = field(default_factory=lambda: array("i"))
@@ -104,6 +117,14 @@ class _Stream:
         return np.concatenate(taken, axis=1)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Bundle:
+    """Passes that were started and not yet read."""
+
+    report: Report
+    seated: tuple[_Stream | None, ...]
+
+
 class GenerateStage:
     """Continuous batching over a fixed number of slots.
 
@@ -116,6 +137,8 @@ class GenerateStage:
         temperature: 0 for greedy.
         seed: with a temperature, streams are sampled alike for the same seed and source.
         keep_codes: hand the codes on with the tokens.
+        bundle: passes started at once at most; 1: each is read before the next is started. Changes no token. None: what
+            suits the decoder's device.
     """
 
     def __init__(
@@ -129,6 +152,7 @@ class GenerateStage:
         temperature: float = 0.0,
         seed: int = 0,
         keep_codes: bool = False,
+        bundle: int | None = None,
     ) -> None:
         like_transformers = alignment == "first-frame-twice"
         self._slots = Slots(
@@ -143,12 +167,16 @@ class GenerateStage:
         )
         self._schedule = _SCHEDULES[alignment]
         self._seed, self._keep_codes = seed, keep_codes
-        self._device = decoder.device
+        self._bundle = bundle or (_BUNDLE_PASSES if decoder.device.type == "cuda" else 1)
+        # Audio ahead of the passes, below which a slot is fed, and below which more of its stream is asked for.
+        self._low_frames = 2 * lookahead if self._bundle == 1 else self._slots.ring_frames // 2
+        self._scarce_frames = 1 if self._bundle == 1 else self._bundle * lookahead
+        self._started: deque[_Bundle] = deque()
         # The BOS step takes the place of a column whose codes are not looked at.
         self._bos_column_K1 = np.zeros((decoder.config.num_codebooks, 1), dtype=np.int16)
         self._streams: dict[str, _Stream] = {}
         self._waiting: deque[str] = deque()
-        self._seated: list[str | None] = [None] * num_slots
+        self._seated: list[_Stream | None] = [None] * num_slots
         self.num_slots = num_slots
         self.passes = 0
         self.slot_passes = 0  # slots that moved, over all passes; divided by passes and slots: the occupancy
@@ -173,22 +201,25 @@ class GenerateStage:
         return sum(stream.num_pending for stream in streams)
 
     def wants_input(self) -> bool:
-        """Whether more input would be put to use: a seated stream has run dry, or there may be one for a free slot."""
-        seated = [self._streams[key] for key in self._seated if key is not None]
-        if any(self._is_dry(stream) for stream in seated):
+        """Whether more input would be put to use: a seated stream runs dry, or there may be one for a free slot."""
+        seated = [stream for stream in self._seated if stream is not None]
+        if any(self._is_scarce(stream) for stream in seated):
             return True
         # The next stream may come behind hours of one that is seated already: not at the price of keeping them all.
         is_light = sum(stream.num_waiting for stream in seated) < _MAX_WAITING_FRAMES
-        return is_light and not self._waiting and None in self._seated
+        return is_light and not self._waiting and self._has_free_slot()
 
     def can_step(self) -> bool:
-        """Whether a pass would move at least one stream."""
-        if self._waiting and None in self._seated:
+        """Whether `step` would do anything: move a stream, or read what passes have made."""
+        if self._waiting and self._has_free_slot():
             return True
-        return any(key is not None and not self._is_dry(self._streams[key]) for key in self._seated)
+        if any(self._is_open(stream) for bundle in self._started for stream in bundle.seated):
+            return True
+        return any(stream is not None and not self._is_dry(stream) for stream in self._seated)
 
     def accept(self, message: Codes | Failure) -> Iterator[Tokens | Failure]:
         """Take in one message; a failure ends its stream and is passed on."""
+        failpoint("generate.before-accept")
         if isinstance(message, Failure):
             self._forget(message.source.id)
             yield message
@@ -206,23 +237,16 @@ class GenerateStage:
                 yield self._finish(stream)
 
     def step(self) -> Iterator[Tokens | Failure]:
-        """One pass over the slots; -> the streams that it finished."""
+        """Start a bundle of passes over the slots, read the one before; -> the streams that are now finished."""
+        failpoint("generate.before-pass")
         self._seat()
-        seated = [(slot, self._streams[key]) for slot, key in enumerate(self._seated) if key is not None]
-        for slot, stream in seated:
-            self._feed(slot, stream)
-        active = [(slot, stream) for slot, stream in seated if stream.num_fed > stream.num_emitted]
-        if not active:
-            return
-        self._slots.step()
-        harvests = self._slots.harvest([slot for slot, _ in active])
-        self.passes += 1
-        self.slot_passes += len(active)
-        self.positions += sum(len(harvest.ids) for harvest in harvests)
-        for (_, stream), harvest in zip(active, harvests, strict=True):
-            stream.emit(harvest)
-            if stream.is_finished:
-                yield self._finish(stream)
+        for slot, stream in enumerate(self._seated):
+            if stream is not None:
+                self._feed(slot, stream)
+        has_started = self._start_bundle()
+        num_unread = 1 if has_started and self._bundle > 1 else 0
+        while len(self._started) > num_unread:
+            yield from self._read(self._started.popleft())
 
     def run(self, inbox: Iterable[Codes | Failure]) -> Iterator[Tokens | Failure]:
         """Pull from `inbox` whenever a slot would otherwise stand empty, until everything is finished."""
@@ -234,6 +258,7 @@ class GenerateStage:
                     exhausted = True
                 else:
                     yield from self.accept(message)
+                    self._seat()  # so that the next free slot is seen, too, before passes are started
             yield from self.step()
 
     def _new_stream(self, source: Source) -> _Stream:
@@ -247,24 +272,75 @@ class GenerateStage:
 
     def _is_dry(self, stream: _Stream) -> bool:
         """Whether the stream cannot move before its next piece comes."""
-        return stream.facts is None and stream.num_pending == 0
+        slot = stream.slot  # read once: other threads ask, and a failure may take the slot away meanwhile
+        if stream.facts is not None or stream.num_feedable:
+            return False
+        return slot is None or not self._slots.may_move(slot)
+
+    def _is_scarce(self, stream: _Stream) -> bool:
+        """Whether the stream is dry, or could be before anybody looks again."""
+        if stream.facts is not None or stream.num_feedable or stream.slot is None:
+            return False
+        return self._slots.num_ahead(stream.slot) < self._scarce_frames
+
+    def _is_open(self, stream: _Stream | None) -> bool:
+        """Whether it is there and waits for tokens."""
+        return stream is not None and self._streams.get(stream.source.id) is stream
+
+    def _is_free(self, slot: int) -> bool:
+        """Whether nobody needs the slot: the passes started so far emit the last token of whoever is there."""
+        stream = self._seated[slot]
+        if stream is None:
+            return True
+        return stream.facts is not None and not stream.num_waiting and not self._slots.may_move(slot)
+
+    def _has_free_slot(self) -> bool:
+        return any(self._is_free(slot) for slot in range(self.num_slots))
 
     def _seat(self) -> None:
-        for slot, key in enumerate(self._seated):
-            if key is None and self._waiting:
+        for slot in range(self.num_slots):
+            if self._waiting and self._is_free(slot):
+                self._leave(slot)
                 key = self._waiting.popleft()
-                self._seated[slot] = key
+                self._seated[slot] = self._streams[key]
+                self._streams[key].slot = slot
                 self._slots.start(slot, seed=_stream_seed(self._seed, key))
+
+    def _leave(self, slot: int) -> None:
+        stream = self._seated[slot]
+        if stream is not None:
+            self._seated[slot] = stream.slot = None
 
     def _feed(self, slot: int, stream: _Stream) -> None:
         """Write audio ahead, many frames at a time: it is embedded in one call."""
-        ahead = stream.num_fed - stream.num_emitted
         count = min(stream.num_feedable, self._slots.room(slot))
-        if count and ahead < 2 * self._slots.lookahead:
-            codes_KT = torch.from_numpy(stream.take(count)).to(self._device)
-            self._slots.feed(slot, codes_KT)
+        if count > 0 and self._slots.num_ahead(slot) < self._low_frames:
+            self._slots.feed(slot, torch.from_numpy(stream.take(count)))
+
+    def _start_bundle(self) -> bool:
+        """False if there is nothing to move."""
+        seated = [slot for slot, stream in enumerate(self._seated) if stream is not None]
+        active = [slot for slot in seated if self._slots.may_move(slot)]
+        if not active:
+            return False
+        longest = min(self._bundle, _SHORT_BUNDLE_PASSES) if self._has_free_slot() else self._bundle
+        num_passes = self._slots.num_passes_until_news(active, at_most=longest)
+        self._slots.step(num_passes)
+        self.passes += num_passes
+        self._started.append(_Bundle(report=self._slots.report(), seated=tuple(self._seated)))
+        return True
+
+    def _read(self, bundle: _Bundle) -> Iterator[Tokens]:
+        for stream, harvest in zip(bundle.seated, self._slots.read(bundle.report), strict=True):
+            self.slot_passes += harvest.num_moves
+            self.positions += len(harvest.ids)
+            if stream is not None and self._is_open(stream):
+                stream.emit(harvest)
+                if stream.is_finished:
+                    yield self._finish(stream)
 
     def _finish(self, stream: _Stream) -> Tokens:
+        failpoint("generate.before-finish")
         self._forget(stream.source.id)
         assert stream.facts is not None
         return Tokens(
@@ -276,11 +352,13 @@ class GenerateStage:
         )
 
     def _forget(self, key: str) -> None:
-        if self._streams.pop(key, None) is None:
+        stream = self._streams.pop(key, None)
+        if stream is None:
             return
         if key in self._waiting:
             self._waiting.remove(key)
-        self._seated = [None if seated == key else seated for seated in self._seated]
+        if stream.slot is not None:
+            self._leave(stream.slot)
 
 
 def _stream_seed(seed: int, source_id: str) -> int:

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.roofline import Machine, PassCost, pass_cost
-from models.slots import Slots
+from models.slots import Harvest, Report, Slots
 from pipeline.workload import Clips
 
+_BUNDLE_PASSES = 32
 _PROBE_SECONDS = 0.3
 _PROBE_BYTES = {"cpu": 256 * 2**20, "cuda": 4 * 2**30}  # far beyond any cache
 
@@ -110,20 +111,86 @@ class Point:
         }
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Seat:
     """A clip in a slot."""
 
     clip: int
     codes_KT: torch.Tensor  # the BOS column first
-    fed: int = 0
-    emitted: int = 0
+    num_fed: int = 0
+    num_emitted: int = 0
     ids: list[NDArray[np.int32]] = field(default_factory=list)
 
     @property
-    def left(self) -> int:
-        """Positions still to be emitted."""
-        return self.codes_KT.shape[1] - self.emitted
+    def num_unfed(self) -> int:
+        """Columns that the slot has not been given."""
+        return self.codes_KT.shape[1] - self.num_fed
+
+
+class _Rider:
+    """Clips, longest first, on their way through the slots; passes in bundles, as `pipeline/generate.py` does it."""
+
+    def __init__(self, slots: Slots, columns: Sequence[torch.Tensor], *, context: int) -> None:
+        self._slots, self._columns, self._context = slots, columns, context
+        self._waiting = deque(sorted(range(len(columns)), key=lambda clip: -columns[clip].shape[1]))
+        self._seats: list[_Seat | None] = [None] * slots.num_slots
+        self._started: deque[tuple[Report, list[_Seat | None]]] = deque()
+        self.tokens: list[NDArray[np.int32]] = [np.empty(0, np.int32)] * len(columns)
+        self.passes = self.slot_passes = self.positions = self.attended = 0
+
+    def ride(self, *, num_unread: int) -> None:
+        """Until nothing is left; `num_unread` bundles are left running while the host goes on."""
+        while True:
+            self._seat()
+            active = [slot for slot in range(self._slots.num_slots) if self._slots.may_move(slot)]
+            if active:
+                self._start(active)
+            elif not self._started:
+                return
+            while len(self._started) > (num_unread if active else 0):
+                self._read(*self._started.popleft())
+
+    def _seat(self) -> None:
+        for slot, seat in enumerate(self._seats):
+            if seat is None or (not seat.num_unfed and not self._slots.may_move(slot)):
+                seat = self._seats[slot] = self._next(slot)
+            if seat is not None:
+                self._feed(slot, seat)
+
+    def _next(self, slot: int) -> _Seat | None:
+        if not self._waiting:
+            return None
+        self._slots.start(slot)
+        clip = self._waiting.popleft()
+        return _Seat(clip, self._columns[clip])
+
+    def _feed(self, slot: int, seat: _Seat) -> None:
+        """Write audio ahead when little is left there, as much as there is room for."""
+        count = min(self._slots.room(slot), seat.num_unfed)
+        if count > 0 and self._slots.num_ahead(slot) < self._slots.ring_frames // 2:
+            self._slots.feed(slot, seat.codes_KT[:, seat.num_fed : seat.num_fed + count])
+            seat.num_fed += count
+
+    def _start(self, active: Sequence[int]) -> None:
+        num_passes = self._slots.num_passes_until_news(active, at_most=_BUNDLE_PASSES)
+        self._slots.step(num_passes)
+        self.passes += num_passes
+        self._started.append((self._slots.report(), list(self._seats)))
+
+    def _read(self, report: Report, seats: Sequence[_Seat | None]) -> None:
+        for seat, harvest in zip(seats, self._slots.read(report), strict=True):
+            if seat is not None and len(harvest.ids):
+                self._take(seat, harvest)
+
+    def _take(self, seat: _Seat, harvest: Harvest) -> None:
+        num = len(harvest.ids)
+        self.positions += num
+        self.slot_passes += harvest.num_moves
+        self.attended += harvest.num_moves * min(self._context, seat.num_emitted + num // 2)
+        seat.num_emitted += num
+        seat.ids.append(harvest.ids)
+        if seat.num_emitted == seat.codes_KT.shape[1]:
+            self.tokens[seat.clip] = np.concatenate(seat.ids)
 
 
 def ride(
@@ -131,45 +198,20 @@ def ride(
 ) -> tuple[Ride, list[NDArray[np.int32]]]:
     """Put the clips through the slots, longest first; -> what it took, and every clip's tokens."""
     columns = [torch.from_numpy(np.pad(clip, ((0, 0), (1, 0)))).to(device) for clip in codes]
-    waiting = deque(sorted(range(len(columns)), key=lambda clip: -columns[clip].shape[1]))
-    seated: dict[int, _Seat] = {}
-    tokens: list[NDArray[np.int32]] = [np.empty(0, np.int32)] * len(columns)
-    passes = slot_passes = positions = attended = 0
+    rider = _Rider(slots, columns, context=context)
     _finish_work(device)
     begun = time.perf_counter()
-    while waiting or seated:
-        for slot in range(slots.num_slots):
-            if slot not in seated and waiting:
-                slots.start(slot)
-                clip = waiting.popleft()
-                seated[slot] = _Seat(clip, columns[clip])
-        for slot, seat in seated.items():
-            _feed(slots, slot, seat)
-        # Nobody can be done before so many passes, nor run dry: until then nothing has to be read.
-        count = max(1, min(seat.fed - seat.emitted for seat in seated.values()) // slots.lookahead)
-        for _ in range(count):
-            slots.step()
-        passes += count
-        order = list(seated)
-        for slot, harvest in zip(order, slots.harvest(order), strict=True):
-            seat, num = seated[slot], len(harvest.ids)
-            attended += count * min(context, seat.emitted + num // 2)
-            seat.emitted += num
-            seat.ids.append(harvest.ids)
-            positions += num
-            if not seat.left:
-                tokens[seat.clip] = np.concatenate(seat.ids)
-                del seated[slot]
-        slot_passes += count * len(order)
+    # A CPU does nothing while its host does something else, and would only learn later that a stream is over.
+    rider.ride(num_unread=1 if device.type == "cuda" else 0)
     _finish_work(device)
     result = Ride(
         wall_seconds=time.perf_counter() - begun,
-        passes=passes,
-        slot_passes=slot_passes,
-        positions=positions,
-        mean_context=attended / slot_passes,
+        passes=rider.passes,
+        slot_passes=rider.slot_passes,
+        positions=rider.positions,
+        mean_context=rider.attended / rider.slot_passes,
     )
-    return result, tokens
+    return result, rider.tokens
 
 
 def sweep(
@@ -181,6 +223,7 @@ def sweep(
     repeats: int,
     padding_id: int,
     machine: Machine,
+    use_graphs: bool | None = None,
     on_ride: Callable[[int, int], None] = lambda _slots, _lookahead: None,
 ) -> list[Point]:
     """Every number of slots with every look-ahead; repeats go round all settings, so that a slow minute hits all."""
@@ -189,13 +232,21 @@ def sweep(
     for _ in range(repeats):
         for setting in settings:
             on_ride(*setting)
-            rides[setting].append(one_ride(decoder, clips, *setting, padding_id=padding_id))
+            rides[setting].append(one_ride(decoder, clips, *setting, padding_id=padding_id, use_graphs=use_graphs))
     return [_point(decoder, clips, slots, lookahead, rides[slots, lookahead], machine) for slots, lookahead in settings]
 
 
-def one_ride(decoder: Decoder, clips: Clips, num_slots: int, lookahead: int, *, padding_id: int) -> Ride:
-    """New slots, warmed up, and one ride."""
-    slots = Slots(decoder, num_slots, lookahead=lookahead, padding_id=padding_id)
+def one_ride(
+    decoder: Decoder,
+    clips: Clips,
+    num_slots: int,
+    lookahead: int,
+    *,
+    padding_id: int,
+    use_graphs: bool | None = None,
+) -> Ride:
+    """New slots, warmed up, and one ride; `use_graphs` as of `Slots`."""
+    slots = Slots(decoder, num_slots, lookahead=lookahead, padding_id=padding_id, use_graphs=use_graphs)
     context = decoder.config.context
     warm_up = [clip[:, :8] for clip in clips.codes[:num_slots]]
     ride(slots, warm_up, device=decoder.device, context=context)
@@ -225,15 +276,6 @@ def _point(
         ),
         machine=machine,
     )
-
-
-def _feed(slots: Slots, slot: int, seat: _Seat) -> None:
-    """Write audio ahead when little is left there, as much as there is room for."""
-    if seat.fed - seat.emitted < 2 * slots.lookahead:
-        count = min(slots.room(slot), seat.codes_KT.shape[1] - seat.fed)
-        if count:
-            slots.feed(slot, seat.codes_KT[:, seat.fed : seat.fed + count])
-            seat.fed += count
 
 
 def probe(config: DecoderConfig, *, device: torch.device, dtype: torch.dtype) -> Machine:

@@ -54,6 +54,7 @@ def test_a_gpu_is_not_used_when_the_cpu_is_asked_for(monkeypatch: pytest.MonkeyP
         (["checkpoint.device=cuda:1"], {"CPU": 8, "GPU": 2}, "use cuda or auto"),
         (["stages.load.actors=64"], {"CPU": 4}, r"needs \{'CPU': 64"),
         (["stages.encode.gpus=0", "stages.generate.gpus=0"], {"CPU": 8, "GPU": 1}, "give them shares"),
+        (["stages.encode.precision=tf32"], {"CPU": 8}, "tf32, which only GPUs have"),
     ],
 )
 def test_what_the_cluster_cannot_give_is_refused_before_any_work(

@@ -1,5 +1,6 @@
 """The encoder behind Ray gives what the plain stages give, also when its loader is killed on the way."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -67,9 +68,12 @@ def expected(settings: LaneSettings, sources: list[Source]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kill", [False, True])
+@pytest.mark.parametrize("rows", ["1", "3"])
 def test_codes_through_actors_are_the_plain_codes(
-    settings: LaneSettings, sources: list[Source], expected: dict[str, Any], kill: bool
+    settings: LaneSettings, sources: list[Source], expected: dict[str, Any], kill: bool, rows: str
 ) -> None:
+    overrides = ["checkpoint.source=demo", "checkpoint.device=cpu", f"stages.encode.rows={rows}"]
+    settings = replace(settings, config=load_config(None, overrides))
     actor: Any = ray.remote(EncoderActor)
     encoder = actor.options(num_cpus=0, max_concurrency=8).remote(settings)
     messages: list[Codes | Failure] = []

@@ -25,6 +25,25 @@ def test_the_last_line_is_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert 0 < facts["credited_seconds"] < facts["step_seconds"]
 
 
+def test_one_setting_is_profiled(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--shape", "tiny", "--slots", "2", "--lookahead", "2", "--profile"])
+    *shown, last = capsys.readouterr().out.splitlines()
+    facts = json.loads(last)
+    assert facts["profile"]["products"] > 0
+    assert facts["profile"]["pass_ms"] > 0
+    assert len(shown) == 1 + 2 + len(facts["profile"])
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [(["--profile"], "one setting"), (["--device", "cpu", "--graphs", "on"], "no CUDA graphs")],
+)
+def test_what_cannot_be_is_refused(options: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--shape", "tiny", *options])
+    assert complaint in capsys.readouterr().err
+
+
 def test_columns_are_aligned() -> None:
     assert table([("a", "bcd"), ("10", "2")]).splitlines() == ["|  a | bcd |", "|---:|----:|", "| 10 |   2 |"]
 

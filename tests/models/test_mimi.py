@@ -86,5 +86,38 @@ def test_partial_frames_are_completed_only_where_the_audio_ends(mimi: MimiEncode
         mimi.encode(samples, state)
 
 
+@pytest.mark.parametrize("num_before", [1, 9, 37])
+def test_a_row_that_sits_out_a_call_stays_where_it_is(mimi: MimiEncoder, num_before: int) -> None:
+    cut, samples = num_before * FRAME_SAMPLES, audio(0, 1)
+    state = mimi.new_state(2, max_frames=NUM_FRAMES)
+    mimi.encode(samples[:, :cut], state)
+    for _ in range(3):
+        mimi.encode(audio(2, 3, num_samples=5 * FRAME_SAMPLES), state, moving_B=torch.tensor([False, False]))
+        mimi.encode(audio(4, 5, num_samples=5 * FRAME_SAMPLES), state, moving_B=torch.tensor([False, True]))
+    after = mimi.encode(samples[:, cut:], state, moving_B=torch.tensor([True, False]))
+    assert torch.equal(after[:1], mimi.encode(samples[:1])[..., num_before:])
+
+
+def test_between_calls_no_more_is_kept_than_is_needed(tiny_mimi: MimiEncoder) -> None:
+    """The contexts were views once, and kept every layer's input alive: 250 MB per stream at full size."""
+    state = tiny_mimi.new_state(1, max_frames=125)
+    tiny_mimi.encode(audio(0), state)
+    for context in (*state.conv_contexts, state.latent_context):
+        assert context.untyped_storage().nbytes() == context.nbytes
+
+
+def test_bfloat16_is_close_and_leaves_the_quantizer_alone(tiny_checkpoint: Checkpoint) -> None:
+    rounded = tiny_checkpoint.load_mimi().set_precision("bfloat16")
+    assert {p.dtype for p in rounded.seanet.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in rounded.quantizer.parameters()} == {torch.float32}
+    exact, other = tiny_checkpoint.load_mimi().encode(audio(0)), rounded.encode(audio(0))
+    # 8 bits of mantissa through a dozen layers: the first codebook mostly survives, the last ones are about the rest.
+    assert (exact == other)[:, 0].float().mean() > 0.5
+    assert not torch.equal(exact, other)
+    state = rounded.new_state(1, max_frames=7)
+    streamed = torch.cat([rounded.encode(piece, state) for piece in audio(0).split(7 * FRAME_SAMPLES, dim=1)], dim=-1)
+    assert (streamed == other)[:, 0].float().mean() > 0.9
+
+
 def test_no_audio_no_codes(mimi: MimiEncoder) -> None:
     assert mimi.encode(torch.zeros(2, 0)).shape == (2, NUM_CODEBOOKS, 0)

@@ -1,10 +1,12 @@
 """Counts against numbers worked out by hand, and against the modules themselves."""
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from models.decoder import Decoder
-from models.roofline import Machine, PassCost, num_parameters, num_parameters_read, pass_cost
-from models.shapes import SHAPES, random_decoder
+from models.roofline import EncodeCost, Machine, PassCost, encode_cost, num_parameters, num_parameters_read, pass_cost
+from models.shapes import SHAPES, random_decoder, random_mimi
 
 LARGE = SHAPES["2.6b"].decoder
 
@@ -56,3 +58,30 @@ def test_the_slower_of_two_is_the_limit() -> None:
     by_memory, by_arithmetic = (Machine(bytes_per_second=10, flops_per_second=flops) for flops in (1000, 10))
     assert (cost.limit_seconds(by_memory), cost.bound(by_memory)) == (10, "memory")
     assert (cost.limit_seconds(by_arithmetic), cost.bound(by_arithmetic)) == (100, "compute")
+
+
+@pytest.mark.parametrize("name", ["60m", "tiny"])
+def test_operations_of_encoding_are_those_that_torch_counts(name: str) -> None:
+    """Over ten seconds, to the last one; attention's and those of the distances torch does not count."""
+    config = SHAPES[name].mimi
+    mimi = random_mimi(config)
+    with FlopCounterMode(display=False) as counter:
+        mimi.encode(torch.zeros(1, 240_000))
+    counted = sum(count for op, count in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
+    attention = 250 * config.num_layers * 4 * config.dim * config.context
+    distances = 125 * 2 * config.num_codebooks * config.codebook_size * config.codebook_dim
+    assert counted == encode_cost(config, seconds=10, itemsize=4).flops - attention - distances
+
+
+def test_bytes_of_encoding_by_hand() -> None:
+    """The released codec's first convolution writes 64 channels at 24 kHz, 6.1 MB a second; the next ones too."""
+    cost = encode_cost(SHAPES["2.6b"].mimi, seconds=1, itemsize=4)
+    first, rest = 24_000 * (1 + 64), 24_000 * (64 + 32 + 32 + 64 + 64) + 6_000 * 128
+    assert cost.num_bytes / 4 > first + rest
+    assert encode_cost(SHAPES["2.6b"].mimi, seconds=3, itemsize=2).num_bytes == 1.5 * cost.num_bytes
+
+
+def test_the_slower_of_two_is_the_encoders_limit() -> None:
+    cost = EncodeCost(num_bytes=100, flops=1000)
+    assert cost.limit_seconds(Machine(bytes_per_second=10, flops_per_second=1000)) == 10
+    assert cost.limit_seconds(Machine(bytes_per_second=10, flops_per_second=10)) == 100

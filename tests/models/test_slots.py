@@ -9,6 +9,8 @@ from torch import Tensor
 
 from models.checkpoint import open_checkpoint
 from models.decoder import Decoder
+from models.memory import Memory
+from models.shapes import SHAPES, random_decoder
 from models.slots import Slots
 from tests.tiny import AUDIO_CARD, CONTEXT, NUM_CODEBOOKS, TEXT_CARD, write_original
 
@@ -225,3 +227,150 @@ def test_the_zero_logit_wins_where_all_others_are_negative(tmp_path: Path) -> No
     assert 10 < with_zero[0].count(TEXT_CARD) < NUM_FRAMES - 10
     # One more id to share the probability with.
     assert all(a < b for a, b in zip(with_zero[1][:first], plain[1][:first], strict=True))
+
+
+@pytest.mark.parametrize("lookahead", [1, 3])
+def test_a_pass_makes_no_state_and_moves_none(tiny_decoder: Decoder, lookahead: int) -> None:
+    """A recorded pass reads and writes addresses."""
+    slots = Slots(tiny_decoder, 2, lookahead=lookahead)
+
+    def addresses() -> dict[str, int]:
+        state = {name: value for name, value in vars(slots).items() if isinstance(value, Tensor)}
+        cache = slots._cache
+        state |= {"keys": cache.keys, "values": cache.values, "position": cache.position_B}
+        return {name: tensor.data_ptr() for name, tensor in state.items()}
+
+    before = addresses()
+    slots.start(0)
+    slots.feed(0, streams(1)[0])
+    slots.step(3)
+    slots.start(0)
+    slots.harvest([0, 1])
+    assert addresses() == before
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("lookahead", [1, 3])
+def test_nothing_between_reports_waits_for_the_device(options: dict[str, float], lookahead: int) -> None:
+    """On the device `meta` tensors have no values, so whoever asks for one fails."""
+    with torch.device("meta"):
+        decoder = Decoder(SHAPES["tiny"].decoder).to(torch.bfloat16).requires_grad_(False)
+    slots = Slots(decoder, 3, lookahead=lookahead, **options)
+    slots.start(1, seed=7)
+    slots.feed(1, streams(1)[0])
+    slots.step(2)
+    assert slots.may_move(1)
+
+
+def test_graphs_are_for_gpus(tiny_decoder: Decoder) -> None:
+    with pytest.raises(ValueError, match="no CUDA graphs on cpu"):
+        Slots(tiny_decoder, 1, use_graphs=True)
+
+
+@pytest.mark.parametrize("lookahead", [1, 2, 5])
+@pytest.mark.parametrize("seed", range(4))
+def test_what_the_host_believes_holds(tiny_decoder: Decoder, lookahead: int, seed: int) -> None:
+    """Passes, audio and new streams at random, reports read late: the device is always between the bounds."""
+    rng, codes = random.Random(seed), streams(3)
+    slots = Slots(tiny_decoder, 3, lookahead=lookahead)
+    reports = []
+    for _ in range(60):
+        slot = rng.randrange(3)
+        if rng.random() < 0.1:
+            slots.start(slot)
+        slots.feed(slot, codes[slot, :, : min(rng.randrange(12), slots.room(slot))])
+        slots.step(rng.randrange(4))
+        reports.append(slots.report())
+        if len(reports) > rng.randrange(4):
+            slots.read(reports.pop(0))
+        for index, position in enumerate(slots._cache.position_B.tolist()):
+            tenant = slots._tenants[index]
+            assert tenant.least <= position <= tenant.most <= tenant.num_fed
+            assert lookahead > 1 or tenant.least == tenant.most
+            assert slots.may_move(index) >= (position < tenant.num_fed)
+
+
+def test_reports_say_what_was_and_to_whom_it_belonged(tiny_decoder: Decoder) -> None:
+    """Read after the slot was given away: the old stream's tokens, then the new one's; no token twice, none lost."""
+    codes = streams(2)
+    slots = Slots(tiny_decoder, 2)
+    slots.start(0)
+    slots.feed(0, codes[0, :, :20])
+    slots.step(8)
+    first = slots.report()
+    slots.step(12)
+    assert not slots.may_move(0)
+    second = slots.report()
+    slots.start(0)
+    slots.feed(0, codes[1, :, :9])
+    slots.step(9)
+    third = slots.report()
+    parts = [slots.read(report)[0] for report in (first, second, third)]
+    assert [len(part.ids) for part in parts] == [part.num_moves for part in parts] == [8, 12, 9]
+    assert [*parts[0].ids, *parts[1].ids] == alone(tiny_decoder, codes[0, :, :20])[0]
+    assert parts[2].ids.tolist() == alone(tiny_decoder, codes[1, :, :9])[0]
+    assert len(slots.harvest([0])[0].ids) == 0
+
+
+def test_how_far_one_need_not_look(tiny_decoder: Decoder) -> None:
+    slots = Slots(tiny_decoder, 2, lookahead=4, ring_frames=256)
+    for slot, length in enumerate((40, 19)):
+        slots.feed(slot, streams(1)[0][:, :length])
+    assert slots.num_passes_until_news([0], at_most=32) == 10
+    assert slots.num_passes_until_news([0, 1], at_most=32) == 4
+    assert slots.num_passes_until_news([0, 1], at_most=2) == 2
+    slots.step(5)
+    assert slots.num_ahead(1) == 0
+    assert slots.num_passes_until_news([0, 1], at_most=32) == 1
+    assert slots.may_move(1)  # as far as anybody knows
+    slots.read(slots.report())
+    assert slots.num_ahead(0) >= 20
+
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("use_graphs", [True, False])
+@pytest.mark.parametrize("lookahead", [1, 4])
+@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
+def test_a_gpu_gives_the_tokens_of_a_cpu(lookahead: int, use_graphs: bool, options: dict[str, float]) -> None:
+    """In float32, with whatever kernels are there, over several turns of the rings and two streams per slot."""
+    codes, config = streams(4, 200), SHAPES["tiny"].decoder
+    weights = random_decoder(config).state_dict()
+    decoder = random_decoder(config, device="cuda")
+    decoder.load_state_dict(weights)
+    slots = Slots(decoder, 2, lookahead=lookahead, use_graphs=use_graphs, ring_frames=256, **options)
+    got: list[list[int]] = []
+    for pair in (codes[:2], codes[2:]):
+        for slot in range(2):
+            slots.start(slot, seed=5)
+            slots.feed(slot, pair[slot])
+        slots.step(200)
+        got += [harvest.ids.tolist() for harvest in slots.harvest(range(2))]
+    assert got == [alone(random_decoder(config), stream, seed=5, **options)[0] for stream in codes]
+
+
+@pytest.mark.parametrize("lookahead", [1, 4])
+def test_on_a_cpu_slots_that_stand_still_cost_nothing(lookahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows stay even for one stream without look-ahead: a product of one row has other last bits."""
+    decoder = random_decoder(SHAPES["tiny"].decoder)
+    slots = Slots(decoder, 8, lookahead=lookahead)
+    rows: list[int] = []
+    hidden = decoder.hidden
+
+    def counting(x_BTD: torch.Tensor, memory: Memory) -> torch.Tensor:
+        rows.append(x_BTD.shape[0])
+        return hidden(x_BTD, memory)
+
+    monkeypatch.setattr(decoder, "hidden", counting)
+    codes = torch.randint(64, (8, 40), generator=torch.Generator().manual_seed(0))
+    for slot in (5, 2):
+        slots.start(slot)
+        slots.feed(slot, codes[:, : 10 * slot - 10])
+    for _ in range(60):
+        slots.step()
+        slots.harvest(range(8))
+    assert set(rows) == ({2} if lookahead == 1 else {2, 1})
+    assert len(rows) <= 40

@@ -17,7 +17,7 @@ PROMISED: dict[str, Any] = {
     "output": {"uri": "", "columns": []},
     "stages": {
         "load": {"cpus": 1.0},
-        "encode": {"gpus": 0.2},
+        "encode": {"gpus": 0.2, "rows": "auto", "precision": "float32"},
         "generate": {
             "gpus": 0.8,
             "slots": "auto",
@@ -137,7 +137,9 @@ def test_an_unknown_key_is_refused_and_the_nearest_is_named(tmp_path: Path, text
         ("stages: {load: {cpus: 0}}", "stages.load.cpus: expected a number greater than 0; found 0"),
         ("stages: {generate: {temperature: -0.5}}", "temperature: expected a number greater than or equal to 0"),
         ("stages: {generate: {temperature: .nan}}", "temperature: expected a finite number; found nan"),
-        ("stages: {encode: {piece_seconds: .inf}}", "piece_seconds: expected a finite number; found inf"),
+        ("stages: {encode: {piece_seconds: .inf}}", "piece_seconds: expected 'auto', or a finite number; found inf"),
+        ("stages: {encode: {rows: 0}}", "rows: expected 'auto', or a number greater than or equal to 1; found 0"),
+        ("stages: {encode: {precision: fp16}}", "precision: expected 'float32', 'tf32' or 'bfloat16'; found 'fp16'"),
         ("stages: {generate: {alignment: some-frames}}", "expected 'all-frames', 'bos-replaces-first' or 'first-frame"),
         ("checkpoint: {device: gpu}", "checkpoint.device: expected auto, cpu, cuda or cuda:N; found 'gpu'"),
         ("checkpoint: {dtype: fp16}", "checkpoint.dtype: expected 'auto', 'float32', 'bfloat16' or 'float16'"),
@@ -197,11 +199,12 @@ def test_a_file_that_cannot_be_read_is_the_users_to_correct(tmp_path: Path) -> N
         load_config(str(tmp_path / "latin.yaml"))
 
 
-@pytest.mark.parametrize("section", ["input", "output"])
+@pytest.mark.parametrize("section", ["checkpoint", "input", "output"])
 def test_secrets_are_neither_shown_nor_repeated_in_a_complaint(tmp_path: Path, section: str) -> None:
     config = load_config(write(tmp_path, f"{section}: {{storage_options: {{key: hush, deep: {{secret: hush}}}}}}"))
     assert getattr(config, section).storage_options["key"] == "hush"
     assert "hush" not in config.to_yaml()
+    assert "hush" not in repr(config)
     assert yaml.safe_load(config.to_yaml())[section]["storage_options"] == {"key": "***", "deep": "***"}
     assert "hush" not in refusal(tmp_path, f"{section}: {{storage_options: hush}}")
 
@@ -211,6 +214,8 @@ def test_secrets_are_neither_shown_nor_repeated_in_a_complaint(tmp_path: Path, s
     [
         "checkpoint.source=org/name",
         "stages.encode.window=ring",
+        "stages.encode.precision=tf32",
+        "stages.encode.precision=bfloat16",
         "stages.generate.temperature=0.5",
         "stages.generate.alignment=bos-replaces-first",
     ],
@@ -228,6 +233,9 @@ def test_what_can_change_a_transcript_changes_the_fingerprint(override: str) -> 
         "input.shard_audio_hours=0.1",
         "output.uri=elsewhere",
         "output.columns=[tokens]",
+        "stages.encode.rows=7",
+        "stages.encode.piece_seconds=1",
+        "stages.encode.precision=float32",
         "stages.generate.slots=3",
         "stages.generate.lookahead=1",
         "stages.generate.seed=7",  # greedy decoding never asks for it

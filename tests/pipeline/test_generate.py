@@ -5,12 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from models.config import SpeechConfig
 from models.decoder import Decoder
+from models.shapes import SHAPES, random_decoder
 from pipeline.config import Alignment
 from pipeline.generate import GenerateStage
 from pipeline.messages import AudioFacts, Codes, Failure, Tokens
@@ -64,6 +66,74 @@ def test_tokens_do_not_depend_on_slots_or_pieces(
     streams = [code_pieces(n, codes_of(n), range(piece_frames, LENGTHS[n], piece_frames)) for n in expected]
     out = generate(stage, interleaved(streams, seed=num_slots))
     assert {name: tokens.ids.tolist() for name, tokens in out.items()} == expected
+
+
+@pytest.mark.parametrize("bundle", [3, 32])
+@pytest.mark.parametrize("lookahead", [1, 2, 4])
+@pytest.mark.parametrize(("num_slots", "piece_frames"), [(1, 100), (2, 7), (3, 1), (8, 7)])
+def test_tokens_do_not_depend_on_how_many_passes_run_at_once(
+    tiny_decoder: Decoder,
+    options: dict[str, object],
+    expected: dict[str, list[int]],
+    bundle: int,
+    lookahead: int,
+    num_slots: int,
+    piece_frames: int,
+) -> None:
+    """Also when slots change hands before their last tokens were read, and streams end, break and wait in between."""
+    stage = GenerateStage(tiny_decoder, SPEECH, num_slots=num_slots, lookahead=lookahead, bundle=bundle, **options)
+    streams: list[list[Codes | Failure]] = [
+        list(code_pieces(n, codes_of(n), range(piece_frames, LENGTHS[n], piece_frames))) for n in expected
+    ]
+    for index, name in enumerate(("y", "z")):
+        streams.append([*code_pieces(name, codes_of("d"), [10 + 20 * index])[:1], failure(name)])
+    for seed in range(2):
+        out = generate(stage, interleaved(streams, seed=seed))
+        assert {name: tokens.ids.tolist() for name, tokens in out.items()} == expected
+        assert (stage.num_open, stage.num_waiting, stage.can_step()) == (0, 0, False)
+
+
+@pytest.mark.parametrize("lookahead", [1, 4])
+def test_a_stream_longer_than_the_ring_in_bundles(tiny_decoder: Decoder, lookahead: int) -> None:
+    rng = np.random.default_rng(0)
+    codes = rng.integers(AUDIO_CARD, size=(NUM_CODEBOOKS, 900), dtype=np.int16)
+    plain = generate_alone(tiny_decoder, SPEECH, codes)
+    assert generate_alone(tiny_decoder, SPEECH, codes, bundle=32, lookahead=lookahead) == plain
+
+
+def test_without_look_ahead_bundles_cost_no_pass(tiny_decoder: Decoder) -> None:
+    """The end of a stream is known beforehand, so its slot changes hands although nobody has seen its last tokens."""
+
+    def passes(bundle: int) -> tuple[int, int]:
+        stage = GenerateStage(tiny_decoder, SPEECH, num_slots=2, bundle=bundle)
+        generate(stage, (piece for name in LENGTHS for piece in code_pieces(name, codes_of(name))))
+        assert stage.slot_passes == stage.positions
+        return stage.passes, stage.positions
+
+    assert passes(1) == passes(4) == passes(32)
+
+
+def test_with_look_ahead_bundles_cost_few_passes(tiny_decoder: Decoder) -> None:
+    def passes(bundle: int) -> int:
+        stage = GenerateStage(tiny_decoder, SPEECH, num_slots=2, lookahead=4, bundle=bundle)
+        generate(stage, (piece for name in LENGTHS for piece in code_pieces(name, codes_of(name))))
+        return stage.passes
+
+    assert passes(1) <= passes(32) <= passes(1) + 2 * len(LENGTHS)
+
+
+def test_tokens_are_read_one_bundle_behind(tiny_decoder: Decoder) -> None:
+    """The first bundle is under way when `step` returns; reading it is for the next."""
+    stage = GenerateStage(tiny_decoder, SPEECH, num_slots=1, bundle=8)
+    assert not list(stage.accept(code_pieces("a", codes_of("a"))[0]))
+    assert not list(stage.step())
+    assert (stage.passes, stage.positions) == (8, 0)
+    assert not list(stage.step())
+    assert (stage.passes, stage.positions) == (16, 8)
+    out: list[Tokens | Failure] = []
+    while stage.can_step():
+        out += stage.step()
+    assert out[0].ids.tolist() == generate_alone(tiny_decoder, SPEECH, codes_of("a"))
 
 
 @given(order=st.permutations(sorted(LENGTHS)), num_slots=st.integers(1, 4), seed=st.integers(0, 99))
@@ -255,3 +325,18 @@ def test_a_free_slot_does_not_make_a_long_stream_pile_up(
 
     assert len(generate(stage, inbox())["a"].ids) == 901
     assert max(behind) <= 10 + 256 + 5  # what may wait, the slot's own ring, and the piece that came last
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("lookahead", [1, 4])
+def test_a_gpu_gives_the_tokens_of_a_cpu(lookahead: int) -> None:
+    """In float32, bundles and all."""
+    plain, decoder = random_decoder(SHAPES["tiny"].decoder), random_decoder(SHAPES["tiny"].decoder, device="cuda")
+    decoder.load_state_dict(plain.state_dict())
+    stage = GenerateStage(decoder, SPEECH, num_slots=3, lookahead=lookahead)
+    streams = [code_pieces(name, codes_of(name), range(11, LENGTHS[name], 11)) for name in LENGTHS]
+    out = generate(stage, interleaved(streams, seed=0))
+    assert {name: tokens.ids.tolist() for name, tokens in out.items()} == {
+        name: generate_alone(plain, SPEECH, codes_of(name)) for name in LENGTHS
+    }

@@ -91,6 +91,29 @@ def test_tokens_do_not_depend_on_the_size_of_pieces(
     assert tokens_of(results) == {source.uri: tokens_of(heard)[source.uri] for source in some}
 
 
+@pytest.mark.parametrize("rows", [2, 5])
+@pytest.mark.parametrize("piece_seconds", ["auto", "0.4"])
+def test_tokens_do_not_depend_on_who_is_encoded_with_whom(
+    heard: dict[str, Transcript | Failure], rows: int, piece_seconds: str
+) -> None:
+    overrides = (f"stages.encode.rows={rows}", f"stages.encode.piece_seconds={piece_seconds}")
+    assert tokens_of(results_of(digits(), *overrides)) == tokens_of(heard)
+
+
+def test_a_codec_in_bfloat16_hears_nearly_the_same(heard: dict[str, Transcript | Failure]) -> None:
+    """Other codes, and another fingerprint for it, but still the digits: most of the clips have the same text."""
+    results = results_of(digits(), "stages.encode.precision=bfloat16", "stages.encode.rows=3")
+    texts = {uri: one.text for uri, one in results.items() if isinstance(one, Transcript)}
+    same = [uri for uri, one in heard.items() if isinstance(one, Transcript) and one.text == texts[uri]]
+    assert len(texts) == len(heard)
+    assert len(same) > len(heard) / 2
+
+
+def test_a_precision_that_only_gpus_have_is_refused_on_a_cpu() -> None:
+    with pytest.raises(ConfigError, match=r"precision is tf32, which only GPUs have, but the device is cpu"):
+        stages_of("stages.encode.precision=tf32").encode()
+
+
 def test_tokens_do_not_depend_on_the_order_of_inputs_or_on_bad_ones_between(
     heard: dict[str, Transcript | Failure], tmp_path: Path
 ) -> None:
@@ -201,7 +224,7 @@ def test_the_fingerprint_of_a_run_follows_from_weights_and_decoding_options(tiny
         stages_of(*overrides).provenance("r").config_fingerprint
         for overrides in (
             (),
-            ("stages.generate.slots=3",),
+            ("stages.generate.slots=3", "stages.encode.rows=3"),
             ("stages.generate.alignment=bos-replaces-first",),
             (f"checkpoint.source={tiny_original}",),
         )
