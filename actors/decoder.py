@@ -1,8 +1,10 @@
 """The decoder in an actor, and everything after it: alignment, rows, the commit."""
 
 import asyncio
+import math
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,11 +13,13 @@ import torch
 from ray.exceptions import RayTaskError
 
 from actors.host import GenerateHost, Result
-from actors.lane import Culprit, LaneReport, LaneSettings, mark_uri, open_stages
+from actors.lane import LaneReport, LaneSettings, Order, ShardReport, open_stages
 from pipeline.errors import ModelFailure, SystemFailure
+from pipeline.failpoints import failpoint
 from pipeline.messages import Failure, Shard, Source
 from pipeline.storage import Storage
-from pipeline.write import PartSummary, WriteStage, part_uri, read_summary
+from pipeline.versions import Version, check_in_force
+from pipeline.write import PartSummary, WriteStage, part_uri, read_error_ids, read_summary
 
 _ENCODE_OBJECTS = 16  # x 60 s of codes, 0.8 kB per second of audio
 # A shard whose streams have this much decoding ahead of them is not pulled further.
@@ -27,21 +31,21 @@ _QUEUED_SECONDS = 300.0
 class DecoderActor:
     """The decoder on (a share of) one GPU, and everything after it. Runs as an async actor.
 
-    Pulls codes from its encoder, one generator per open shard; all shards share the slots.
+    Pulls codes from its encoder, one generator per open shard; all shards share the slots. The driver leads: it begins
+    a shard, has its inputs done (all at once, or in groups where it looks for one that kills), and commits it.
     """
 
-    def __init__(self, settings: LaneSettings, encoder: Any) -> None:
+    def __init__(self, settings: LaneSettings, version: Version, encoder: Any) -> None:
         torch.set_num_threads(settings.num_threads)
         stages = open_stages(settings)
         self._encoder = encoder
-        self._storage = Storage(settings.config.output.storage_options)
+        self._version = version
+        options = settings.config.output.storage_options
+        self._storage = Storage(options, conditional_puts=settings.conditional_puts)
         self._output_uri = settings.config.output.uri
-        self._write = WriteStage(
-            self._storage,
-            self._output_uri,
-            stages.provenance(settings.run_id),
-            columns=settings.config.output.columns,
-        )
+        provenance = stages.provenance(settings.run_id)
+        assert provenance.config_fingerprint == version.config_fingerprint, "the driver recorded other settings"
+        self._write = WriteStage(self._storage, self._output_uri, provenance, columns=settings.config.output.columns)
         generate = stages.generate()
         self._num_slots = generate.num_slots
         self._host = GenerateHost(generate, stages.align(), on_death=self._engine_died)
@@ -51,6 +55,7 @@ class DecoderActor:
     async def ready(self) -> int:
         """Answers with the process id once the weights are loaded."""
         self._loop = asyncio.get_running_loop()
+        failpoint("decoder.before-ready")
         return os.getpid()
 
     async def report(self, *, wait_seconds: float) -> LaneReport:
@@ -58,42 +63,59 @@ class DecoderActor:
         deadline = time.monotonic() + wait_seconds
         while not self._has_room() and time.monotonic() < deadline:
             await asyncio.sleep(_POLL_SECONDS)
-        shards = self._open.values()
         return LaneReport(
             has_room=self._has_room(),
-            num_finished=sum(len(shard.results) for shard in shards),
-            num_errors=sum(isinstance(result, Failure) for shard in shards for result in shard.results),
-            audio_seconds=sum(shard.audio_seconds for shard in shards),
             occupancy=self._host.occupancy,
+            shards=tuple(work.report() for work in self._open.values()),
         )
 
-    async def transcribe(self, shard: Shard, *, culprits: Sequence[Culprit], alone: bool) -> PartSummary:
-        """Do one shard and commit its part; a part that is there already is left as it is.
-
-        Args:
-            shard: what to do.
-            culprits: inputs that ended a lane; they get their error row without being touched.
-            alone: one input at a time, each named in the journal before it is touched.
-        """
-        uri, mark = part_uri(self._output_uri, shard.id), mark_uri(self._output_uri, shard.id)
+    async def begin(self, order: Order) -> tuple[str, ...]:
+        """Open a shard; -> the ids of the inputs that have to be done, none where its part is as it should be."""
         # Before anything is waited for, so that the next report counts it.
-        work = self._open[shard.id] = OpenShard(shard)
-        try:
-            if await asyncio.to_thread(self._storage.exists, uri):
-                return await asyncio.to_thread(read_summary, self._storage, uri)
-            blamed = {culprit.source_id: culprit for culprit in culprits}
-            todo = [source for source in shard.sources if source.id not in blamed]
-            work.results += [blamed[source.id].row(source) for source in shard.sources if source.id in blamed]
-            for group in [[source] for source in todo] if alone else [todo]:
-                if alone:
-                    await asyncio.to_thread(self._storage.overwrite, mark, group[0].id.encode())
-                await self._transcribe(work, group)
-            summary = await asyncio.to_thread(self._write.commit, shard, work.results)
-            if alone:
-                await asyncio.to_thread(self._storage.delete, mark)
-            return summary
-        finally:
-            del self._open[shard.id]
+        work = self._open[order.shard.id] = OpenShard(order.shard)
+        work.there, again = await asyncio.to_thread(self._look, order)
+        if work.there is not None:
+            work.todo = {id: source for id, source in work.todo.items() if id in again}
+        blamed = {culprit.source_id: culprit for culprit in order.culprits if culprit.source_id in work.todo}
+        work.results += [culprit.row(work.todo[id]) for id, culprit in blamed.items()]
+        return tuple(id for id in work.todo if id not in blamed)
+
+    async def transcribe(self, shard_id: str, ids: Sequence[str]) -> ShardReport:
+        """Do some inputs of an open shard; -> how far the shard is now."""
+        work = self._open[shard_id]
+        await self._transcribe(work, [work.todo[id] for id in ids])
+        return work.report()
+
+    async def commit(self, shard_id: str) -> PartSummary:
+        """Write the part of a shard all of whose inputs are done; what is there already and as it should be stays.
+
+        Raises:
+            Superseded: another run has put other settings in force.
+        """
+        work = self._open[shard_id]
+        summary = await asyncio.to_thread(self._commit, work)
+        del self._open[shard_id]
+        return summary
+
+    def _look(self, order: Order) -> tuple[PartSummary | None, frozenset[str]]:
+        """The part that is there with the settings in force, and the ids of its inputs to be done again."""
+        uri = part_uri(self._output_uri, order.shard.id)
+        if not self._storage.exists(uri):
+            return None, frozenset()
+        there = read_summary(self._storage, uri)
+        if not self._write.made(there):
+            return None, frozenset()
+        if order.retry_codes.isdisjoint(there.errors):
+            return there, frozenset()
+        return there, read_error_ids(self._storage, uri, order.retry_codes)
+
+    def _commit(self, work: "OpenShard") -> PartSummary:
+        if work.there is not None and not work.todo:
+            return work.there
+        failpoint("commit.before-check")
+        check_in_force(self._version, self._output_uri, self._storage)
+        write = self._write.commit if work.there is None else self._write.amend
+        return write(work.shard, work.results)
 
     async def _transcribe(self, work: "OpenShard", sources: Sequence[Source]) -> None:
         if not sources:
@@ -160,6 +182,8 @@ class OpenShard:
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
+        self.there: PartSummary | None = None  # its part, if there is one with the settings in force
+        self.todo = {source.id: source for source in shard.sources}  # in the order of the shard
         self.results: list[Result] = []
         self.waiting: dict[str, asyncio.Future[None]] = {}
         self.audio_seconds = 0.0
@@ -167,11 +191,24 @@ class OpenShard:
     @property
     def num_open(self) -> int:
         """Inputs without a result, those not asked for yet included."""
-        return len(self.shard.sources) - len(self.results)
+        return len(self.todo) - len(self.results)
 
     def remaining_seconds(self) -> float:
         """Estimated audio still to come."""
-        return max(0.0, self.shard.estimated_seconds - self.audio_seconds)
+        share = len(self.todo) / len(self.shard.sources)
+        return max(0.0, share * self.shard.estimated_seconds - self.audio_seconds)
+
+    def report(self) -> ShardReport:
+        """How far it is."""
+        failures = [result for result in self.results if isinstance(result, Failure)]
+        heard = [result for result in self.results if not isinstance(result, Failure)]
+        return ShardReport(
+            shard_id=self.shard.id,
+            num_finished=len(self.results),
+            errors=Counter(failure.code for failure in failures),
+            example=f"{failures[0].source.uri}: {failures[0].message}" if failures else None,
+            audio_seconds=math.fsum(result.facts.duration_seconds or 0.0 for result in heard),
+        )
 
 
 def has_room(*, num_open: int, num_seated: int, num_slots: int, waiting_seconds: float) -> bool:

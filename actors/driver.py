@@ -2,9 +2,8 @@
 
 The driver holds descriptions and summaries only; audio, codes and rows never pass through it. All retries are decided
 here and nowhere else: a lane that loses a process is given up as a whole and its open shards are queued again. A shard
-that was open in several dying lanes is suspect: it is done alone in its lane, one input at a time, each named on
-storage before it is touched, so that an input which kills processes is found, gets its error row, and the rest of its
-shard is transcribed.
+that was open in several dying lanes is suspect: it is alone with its lane and done in groups, so that an input which
+kills processes is found, gets its error row, and the rest of its shard is transcribed (`journal.py` says how).
 """
 
 import asyncio
@@ -12,7 +11,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,14 +29,16 @@ from ray.exceptions import (
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors.alarm import Alarm
 from actors.cluster import LaneRequest
 from actors.decoder import DecoderActor
 from actors.encoder import EncoderActor
-from actors.lane import Culprit, LaneReport, LaneSettings, mark_uri
-from pipeline.config import RunConfig
-from pipeline.errors import ModelFailure, SystemFailure
-from pipeline.messages import Shard
-from pipeline.storage import Storage
+from actors.journal import Case, Journal
+from actors.lane import LaneReport, LaneSettings, Order, ShardReport
+from pipeline.errors import ModelFailure, Superseded, SystemFailure
+from pipeline.failpoints import failpoint
+from pipeline.messages import Shard, ShardRef
+from pipeline.versions import Version
 from pipeline.write import PartSummary
 
 logger = logging.getLogger(__name__)
@@ -51,9 +52,7 @@ LANE_DEAD = (
     NodeDiedError,
     OutOfMemoryError,
 )
-# Deaths of lanes that held a shard before the shard is done alone. The first may well be somebody else's fault.
-_SUSPECT_AFTER = 2
-_MAX_FRUITLESS = 4  # crashes of one shard, in a row, that named no culprit
+_MAX_FRUITLESS = 4  # crashes of one shard, in a row, that told nothing
 _MAX_ERRORS = 3  # exceptions (not deaths) of one shard: a bug or a storage that stays away
 _MAX_FAILED_STARTS = 4  # of lanes, in a row, without a commit and while no lane is up
 _REPORT_SECONDS = 1.0
@@ -61,6 +60,8 @@ _IDLE_SECONDS = 0.2
 _DRAIN_SECONDS = 20.0
 _PENDING_SECONDS = 30.0  # between two lines that say a lane still has no place
 _GATHERING_SECONDS = 60.0  # at the beginning, lanes that are not up yet are counted on
+# With no lane left: longer than a cluster needs to bring a new machine, if it can.
+_NO_CAPACITY_SECONDS = 900.0
 _SUSPECT = "suspect"
 
 
@@ -70,6 +71,7 @@ class Progress:
 
     num_inputs: int
     num_committed: int = 0  # inputs whose part is on storage
+    num_shards: int = 0  # committed by this run
     num_errors: int = 0
     audio_seconds: float = 0.0
     lanes: dict[int, LaneReport] = field(default_factory=dict[int, LaneReport])
@@ -87,17 +89,13 @@ class Progress:
 
 @dataclass(slots=True)
 class _Task:
-    """A shard and its history in this run."""
+    """A shard and its history."""
 
-    shard: Shard
-    crashes: int = 0
+    shard: ShardRef
+    case: Case
+    in_hand: tuple[str, ...] = ()  # what is being done, while the shard is alone with its lane
     fruitless: int = 0  # crashes since the last one that told us something
     errors: int = 0
-    culprits: list[Culprit] = field(default_factory=list[Culprit])
-
-    @property
-    def is_suspect(self) -> bool:
-        return self.crashes >= _SUSPECT_AFTER
 
 
 @dataclass(slots=True)
@@ -108,42 +106,53 @@ class _Lane:
     decoder: Any
     open: dict[str, "asyncio.Task[None]"] = field(default_factory=dict[str, "asyncio.Task[None]"])
     dead: bool = False
+    given_up: bool = False  # dead because we wanted it, over an error: no shard is to blame
 
 
 class Driver:
     """One execution of the remaining shards of a plan.
 
     Args:
-        config: the run's config.
         settings: what lanes are told.
+        version: of the output's settings.
         request: what a lane reserves.
         num_lanes: how many lanes to hold at most.
         shards: what is to be done, in this order.
+        load_shard: reads the sources of one, when its turn comes.
+        retry_codes: of parts that are there, inputs with these error codes are done again.
+        journal: remembers what killed lanes.
+        alarm: says when too much went wrong.
         progress: kept up to date.
     """
 
     def __init__(
         self,
-        config: RunConfig,
         settings: LaneSettings,
+        version: Version,
         request: LaneRequest,
         *,
         num_lanes: int,
-        shards: Sequence[Shard],
+        shards: Sequence[ShardRef],
+        load_shard: Callable[[ShardRef], Shard],
+        retry_codes: frozenset[str],
+        journal: Journal,
+        alarm: Alarm,
         progress: Progress,
     ) -> None:
-        self._settings, self._request = settings, request
+        self._settings, self._version, self._request = settings, version, request
         self._num_lanes = min(num_lanes, len(shards))
-        self._todo = deque(_Task(shard) for shard in shards)
+        self._shards, self._load_shard = shards, load_shard
+        self._retry_codes = retry_codes
+        self._todo: deque[_Task] = deque()
         self._num_left = len(shards)
         self._num_open = 0
-        self._progress = progress
-        self._storage = Storage(config.output.storage_options)
-        self._output_uri = config.output.uri
+        self._journal, self._alarm, self._progress = journal, alarm, progress
         self._finished = asyncio.Event()
         self._stopping = False
         self._fatal: Exception | None = None
         self._up: set[int] = set()
+        self._placed: set[int] = set()
+        self._unplaced_since: float | None = None  # since the last lane lost its place; None before the first had one
         self._failed_starts = 0  # in a row, since the last commit
         self._begun = time.monotonic()
 
@@ -151,10 +160,14 @@ class Driver:
         """Work until every shard is committed, or `stop` was called and the open ones are done or given up.
 
         Raises:
-            SystemFailure: no lane comes up, or a shard fails again and again; what is committed stays.
+            SystemFailure: no lane comes up, a shard fails again and again, or too much is in error; what is committed
+                stays.
         """
         if not self._num_left:
             return
+        cases = await asyncio.to_thread(self._journal.read, acquitted=self._retry_codes)
+        tasks = [_Task(shard, cases.get(shard.id) or Case(shard.id)) for shard in self._shards]
+        self._todo.extend(sorted(tasks, key=lambda task: task.case.is_suspect))  # last, as in `_again`
         lanes = [asyncio.create_task(self._keep_lane(index)) for index in range(self._num_lanes)]
         finished = asyncio.create_task(self._finished.wait())
         # A lane's keeper ends before that only by an exception nobody foresaw; without it the run would wait for ever.
@@ -196,15 +209,25 @@ class Driver:
             reason = _reason(error)
             self._fail(SystemFailure(f"no lane came up in {self._failed_starts} attempts; the last one: {reason}"))
 
-    async def _placed(self, group: Any) -> None:
-        """Wait for a lane's place; pending means that the cluster is full, or is asked to grow."""
+    async def _wait_for_place(self, group: Any) -> None:
+        """Pending means that the cluster is full, or is asked to grow."""
         placed = asyncio.ensure_future(group.ready())
         while True:
-            done, _ = await asyncio.wait({placed}, timeout=_PENDING_SECONDS)
+            done, _ = await asyncio.wait({placed}, timeout=min(_PENDING_SECONDS, _NO_CAPACITY_SECONDS))
             if done:
                 placed.result()
                 return
             logger.info("a lane waits for a node with %s free", self._request.bundle)
+            self._require_capacity()
+
+    def _require_capacity(self) -> None:
+        """Others may be at work; where none is, and nothing comes, this cannot go on for ever."""
+        if self._placed or self._unplaced_since is None:
+            return
+        waited_seconds = time.monotonic() - self._unplaced_since
+        if waited_seconds >= _NO_CAPACITY_SECONDS:
+            needed = f"no node with {self._request.bundle} free for {waited_seconds / 60:.0f} minutes"
+            self._fail(SystemFailure(f"all lanes are lost, and there was {needed}"))
 
     async def _live(self, index: int) -> bool:
         """One lane from its placement to its end; -> whether anything was committed meanwhile.
@@ -217,7 +240,9 @@ class Driver:
         actors: list[Any] = []
         committed = self._progress.num_committed
         try:
-            await self._placed(group)
+            await self._wait_for_place(group)
+            self._placed.add(index)
+            failpoint("driver.before-lane")
             lane = await self._start(index, group, actors)
             self._up.add(index)
             with contextlib.suppress(*LANE_DEAD):
@@ -226,6 +251,8 @@ class Driver:
             return self._progress.num_committed > committed
         finally:
             self._up.discard(index)
+            self._placed.discard(index)
+            self._unplaced_since = time.monotonic()
             await self._bury(lane, group, actors)
             self._progress.lanes.pop(index, None)
 
@@ -244,7 +271,7 @@ class Driver:
         )
         actors.append(encoder)
         decoder = decoder_class.options(**common, num_gpus=self._request.decoder_gpus, max_concurrency=1000).remote(
-            self._settings, encoder
+            self._settings, self._version, encoder
         )
         actors.append(decoder)
         await encoder.ready.remote()  # an encoder that cannot start must not count against a shard
@@ -257,11 +284,12 @@ class Driver:
         while not lane.dead and not self._finished.is_set():
             report: LaneReport = await lane.decoder.report.remote(wait_seconds=_REPORT_SECONDS)
             self._progress.lanes[lane.index] = report
+            self._watch(report.shards)
             task = self._next_for(lane) if report.has_room else None
             if task is None:
                 await asyncio.sleep(_IDLE_SECONDS)
                 continue
-            name = _SUSPECT if task.is_suspect else "shard"
+            name = _SUSPECT if task.case.is_suspect else "shard"
             lane.open[task.shard.id] = asyncio.create_task(self._do(lane, task), name=name)
             await asyncio.sleep(0)
 
@@ -269,7 +297,7 @@ class Driver:
         """The next shard this lane may have. A suspect is alone with a lane: then a death can only be its own."""
         if not self._todo or any(task.get_name() == _SUSPECT for task in lane.open.values()):
             return None
-        if self._todo[0].is_suspect and lane.open:
+        if self._todo[0].case.is_suspect and lane.open:
             return None
         if len(lane.open) >= self._fair_share():
             return None
@@ -282,61 +310,101 @@ class Driver:
         return max(1, -(-self._num_left // num_lanes))
 
     async def _do(self, lane: _Lane, task: _Task) -> None:
-        shard = task.shard
+        shard_id = task.shard.id
         self._num_open += 1
         try:
-            if task.is_suspect:  # a mark that an earlier run left there must not be taken for this one's
-                await asyncio.to_thread(self._storage.delete, mark_uri(self._output_uri, shard.id))
-            summary: PartSummary = await lane.decoder.transcribe.remote(
-                shard, culprits=task.culprits, alone=task.is_suspect
-            )
-            self._committed(summary)
+            await self._transcribe(lane, task)
         except (*LANE_DEAD, ModelFailure) as error:
             lane.dead = True
-            await self._crashed(task, error)
+            await self._crashed(lane, task, error)
+        except Superseded as error:
+            self._fail(Superseded(_reason(error)))
         except Exception as error:  # noqa: BLE001  (whatever it is, this shard must be done again or end the run)
-            lane.dead = True  # its engine may be beyond use, and a fresh one costs little
+            lane.dead = lane.given_up = True  # its engine may be beyond use, and a fresh one costs little
             self._erred(task, error)
         finally:
-            lane.open.pop(shard.id, None)
+            lane.open.pop(shard_id, None)
+            self._alarm.forget(shard_id)
             self._num_open -= 1
             if self._stopping and not self._num_open:
                 self._finished.set()
 
-    def _committed(self, summary: PartSummary) -> None:
-        self._failed_starts = 0
-        self._progress.num_committed += summary.num_rows
-        self._progress.num_errors += sum(summary.errors.values())
-        self._progress.audio_seconds += summary.audio_seconds
-        self._done_with_one()
+    async def _transcribe(self, lane: _Lane, task: _Task) -> None:
+        """Lead a lane through one shard."""
+        case, decoder = task.case, lane.decoder
+        shard = await asyncio.to_thread(self._load_shard, task.shard)
+        order = Order(shard=shard, culprits=case.culprits, retry_codes=self._retry_codes)
+        failpoint("driver.before-begin")
+        ids: tuple[str, ...] = await decoder.begin.remote(order)
+        *groups, last = case.groups(ids) or [()]
+        for group in groups:
+            await self._do_group(decoder, task, group)
+        report = await self._do_group(decoder, task, last)
+        self._watch([report])
+        if self._fatal is None:
+            failpoint("driver.before-commit")
+            summary: PartSummary = await decoder.commit.remote(task.shard.id)
+            failpoint("driver.after-commit")
+            if case.deaths:
+                await self._remember(self._journal.close, case)
+            self._committed(summary, report)
 
-    def _done_with_one(self) -> None:
+    async def _do_group(self, decoder: Any, task: _Task, group: tuple[str, ...]) -> ShardReport:
+        """Have some inputs done; -> how far the shard is then."""
+        task.in_hand = group if task.case.is_suspect else ()
+        report: ShardReport = await decoder.transcribe.remote(task.shard.id, group)
+        task.in_hand = ()
+        task.case.cleared |= frozenset(group)
+        return report
+
+    def _watch(self, reports: Sequence[ShardReport]) -> None:
+        """Stop everything when too much goes wrong; called before any of it is committed."""
+        for report in reports:
+            self._alarm.saw(report)
+        try:
+            self._alarm.check()
+        except SystemFailure as error:
+            self._fail(error)
+
+    def _committed(self, summary: PartSummary, report: ShardReport) -> None:
+        self._failed_starts = 0
+        self._alarm.settle(summary.shard_id)
+        if summary.created:
+            self._progress.num_shards += 1
+            self._progress.num_committed += report.num_finished
+            self._progress.num_errors += report.num_errors
+            self._progress.audio_seconds += report.audio_seconds
+        else:  # somebody else's work
+            self._progress.num_committed += summary.num_rows
         self._num_left -= 1
         if self._num_left <= 0:
             self._finished.set()
 
-    async def _crashed(self, task: _Task, error: Exception) -> None:
-        """The lane died with this shard in its hands: name the culprit if it was alone, queue the shard again."""
-        was_alone = task.is_suspect
-        task.crashes += 1
-        logger.warning("shard %s lost its lane (%s), time %d", task.shard.id, type(error).__name__, task.crashes)
-        task.fruitless += 1
-        if was_alone:
-            source_id = await asyncio.to_thread(self._in_hand, task.shard.id)
-            if source_id is not None and source_id not in {culprit.source_id for culprit in task.culprits}:
-                task.fruitless = 0
-                died = not isinstance(error, ModelFailure)
-                detail = type(error).__name__ if died else _reason(error)
-                task.culprits.append(Culprit(source_id=source_id, died=died, detail=detail))
+    async def _crashed(self, lane: _Lane, task: _Task, error: Exception) -> None:
+        """The lane died with this shard in its hands: learn from it, queue the shard again."""
+        if self._finished.is_set() or self._stopping:
+            return  # the machines are being taken away, or we end the lanes ourselves
+        if lane.given_up:
+            self._again(task)
+            return
+        died = not isinstance(error, ModelFailure)
+        detail = type(error).__name__ if died else _reason(error)
+        told = task.case.died(task.in_hand, died=died, detail=detail)
+        task.in_hand = ()
+        logger.warning("shard %s lost its lane (%s), time %d", task.shard.id, type(error).__name__, task.case.deaths)
+        await self._remember(self._journal.write, task.case)
+        task.fruitless = 0 if told else task.fruitless + 1
         if task.fruitless >= _MAX_FRUITLESS:
-            self._fail(SystemFailure(f"shard {task.shard.id} lost its lane {task.crashes} times; see the Ray logs"))
+            self._fail(SystemFailure(f"shard {task.shard.id} lost its lane {task.case.deaths} times; see the Ray logs"))
             return
         self._again(task)
 
-    def _in_hand(self, shard_id: str) -> str | None:
-        with contextlib.suppress(OSError):  # not there, or not to be read now: nobody is named
-            return self._storage.read_bytes(mark_uri(self._output_uri, shard_id)).decode()
-        return None
+    async def _remember(self, write: Callable[[Case], None], case: Case) -> None:
+        """A journal that cannot be written saves no lanes later; nothing else is lost."""
+        try:
+            await asyncio.to_thread(write, case)
+        except OSError as error:
+            logger.warning("the journal of shard %s could not be written: %s", case.shard_id, error)
 
     def _erred(self, task: _Task, error: Exception) -> None:
         task.errors += 1
@@ -350,7 +418,7 @@ class Driver:
     def _again(self, task: _Task) -> None:
         if not self._stopping:
             # Suspects come last, so that the healthy are not held up.
-            (self._todo.append if task.is_suspect else self._todo.appendleft)(task)
+            (self._todo.append if task.case.is_suspect else self._todo.appendleft)(task)
 
     def _fail(self, error: Exception) -> None:
         self._fatal = self._fatal or error

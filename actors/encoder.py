@@ -12,6 +12,7 @@ from actors.lane import LaneSettings, open_stages, packed
 from actors.loader import Journey, LoadActor
 from pipeline.encode import BatchEncodeStage, EncodeStage
 from pipeline.errors import SystemFailure
+from pipeline.failpoints import failpoint
 from pipeline.messages import Codes, Failure, Source, Waveform
 
 _LOAD_OBJECTS = 4  # x 60 s x 96 kB = 23 MB of PCM between a loader and its encoder
@@ -27,11 +28,19 @@ class EncoderActor:
         self._settings = settings
         self._stage: EncodeStage | BatchEncodeStage = open_stages(settings).encode()
         self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        for _ in range(settings.num_loaders):
-            self._idle.put(self._new_loader())
 
     def ready(self) -> bool:
-        """Answers once the weights are loaded and the loaders are up."""
+        """Start the loaders; answers once they are up, and the weights are loaded.
+
+        Not in the constructor: an actor whose constructor raises over the death of its child waits for that child's
+        constructor before it exits, for ever, and whoever waits for the actor does so too.
+
+        Raises:
+            SystemFailure: a loader died while starting.
+        """
+        failpoint("encoder.before-ready")
+        for _ in range(self._settings.num_loaders):
+            self._idle.put(self._new_loader())
         return True
 
     def encode(self, sources: Sequence[Source]) -> Iterator[list[Codes | Failure]]:

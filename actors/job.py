@@ -1,34 +1,48 @@
 """The verb `run`: plan, find what remains, do it on Ray, say how it went."""
 
 import asyncio
-import json
 import logging
 import secrets
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ray
 from rich.console import Console
 
+from actors.alarm import Alarm
 from actors.cluster import LaneRequest, connected, plan_lanes
 from actors.driver import Driver, Progress
+from actors.journal import Journal
 from actors.lane import LaneSettings
 from actors.progress import show
-from pipeline.config import RunConfig, fingerprint, require_output_uri
-from pipeline.errors import ConfigError, SystemFailure
+from pipeline.config import RunConfig, require_output_uri
+from pipeline.errors import ERROR_CODES, ConfigError, SystemFailure
 from pipeline.fetch import DEMO, fetch
-from pipeline.plan import committed, make_plan, remaining
+from pipeline.manifests import load_shard
+from pipeline.plan import Plan, committed, make_plan
 from pipeline.run import Stages, build_stages
-from pipeline.status import Status, status_of
+from pipeline.status import Status, Work, quick_status_of, status_of, work_of
 from pipeline.storage import Storage, is_local, join, normalise
+from pipeline.versions import COLUMNS, Version, check_settings, read_versions, record_version
 from pipeline.write import check_columns
 
 logger = logging.getLogger(__name__)
+
+_MAX_FOOTERS_WHEN_STOPPED = 2_000  # 3 s on an object store; after a SIGTERM there are ten, once the lanes are drained
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """What may be asked of one run beside its config."""
+
+    new_version: bool = False  # the settings may differ from those in force; then every input is done again
+    retry_codes: frozenset[str] = frozenset()  # inputs whose rows carry these error codes are done again
+    max_error_rate: float | None = None  # errors per finished input; more of them end the run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +72,25 @@ class JobResult:
         return 1 if self.status.num_errors else 0
 
 
-def run_job(config: RunConfig, console: Console) -> JobResult:
+def retry_codes(text: str) -> frozenset[str]:
+    """The error codes named in `CODE,CODE`, or `all`.
+
+    Raises:
+        ConfigError: one of them does not exist.
+    """
+    named = [part.strip() for part in text.split(",")]
+    if named == ["all"]:
+        return frozenset(ERROR_CODES)
+    unknown = [code for code in named if code not in ERROR_CODES]
+    if unknown:
+        raise ConfigError(
+            f"--retry-errors: found {', '.join(map(repr, unknown))}; the error codes are {', '.join(ERROR_CODES)}, "
+            "or say all"
+        )
+    return frozenset(named)
+
+
+def run_job(config: RunConfig, console: Console, options: RunOptions | None = None) -> JobResult:
     """Do what remains of a config's inputs.
 
     Raises:
@@ -66,40 +98,109 @@ def run_job(config: RunConfig, console: Console) -> JobResult:
         SystemFailure: if the run cannot go on; what is committed stays.
     """
     begun = time.monotonic()
+    options = options or RunOptions()
     config = _anywhere(config)
-    output = Storage(config.output.storage_options)
     output_uri = require_output_uri(config)
     check_columns(config.output.columns)
+    output = Storage(config.output.storage_options).probe(output_uri)
+    output.remove_leftovers(output_uri)
     pinned = fetch(config.checkpoint)
     # On a cluster the GPUs are elsewhere; what this machine lacks is for the lanes to say.
     stages = build_stages(_on(config, "cpu"), pinned)
-    _check_settings(config, stages, output, output_uri)
+    versions = read_versions(output_uri, output)
+    if not options.new_version:
+        check_settings(_settings_before_lanes(stages, config, versions), versions, output_uri=output_uri)
     plan = make_plan(config, Storage(config.input.storage_options), output)
-    todo = remaining(plan, committed(output_uri, output))
-    run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
-    logger.info("run %s: %d inputs, %d of %d shards to do", run_id, plan.num_inputs, len(todo), len(plan.shards))
-    progress = Progress(num_inputs=sum(len(shard.sources) for shard in todo))
+    work = work_of(plan, output_uri, output, versions=versions, retry_codes=options.retry_codes)
+    job = _Job(config=config, options=options, output=output, plan=plan, run_id=_new_run_id())
+    progress = Progress(num_inputs=work.num_inputs)
     stopped_by = None
-    if todo:
+    if work.shards or options.new_version:
         with connected(config):
-            request, num_lanes = plan_lanes(config)
-            stages = replace(stages, config=_on(config, request.device), device=request.device)
-            _record_settings(config, stages, output, output_uri)
-            settings = _lane_settings(stages, request, run_id)
-            driver = Driver(config, settings, request, num_lanes=num_lanes, shards=todo, progress=progress)
-            seconds = sum(shard.estimated_seconds for shard in todo)
-            stopped_by = asyncio.run(_drive(driver, progress, seconds, console))
+            stopped_by = job.run(stages, versions, work, progress, console)
     return JobResult(
-        run_id=run_id,
+        run_id=job.run_id,
         output_uri=output_uri,
-        status=_final_status(stopped_by, status_of(plan, output_uri, output)),
-        num_shards_done=len(todo) - len(remaining(plan, committed(output_uri, output))),
+        status=_final_status(plan, output_uri, output, stopped_by=stopped_by),
+        num_shards_done=progress.num_shards,
         audio_seconds=progress.audio_seconds,
         wall_seconds=time.monotonic() - begun,
         num_lost_lanes=progress.num_lost_lanes,
         ignored=plan.ignored,
         signal=stopped_by,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """What stays the same from the plan to the end."""
+
+    config: RunConfig
+    options: RunOptions
+    output: Storage
+    plan: Plan
+    run_id: str
+
+    @property
+    def _output_uri(self) -> str:
+        return self.config.output.uri
+
+    def run(
+        self, stages: Stages, versions: Sequence[Version], work: Work, progress: Progress, console: Console
+    ) -> int | None:
+        """Do the work on a Ray that is up; -> the signal that stopped it, if any."""
+        request, num_lanes = plan_lanes(self.config)
+        stages = replace(stages, config=_on(self.config, request.device), device=request.device)
+        version = self._put_in_force(_settings(stages), versions)
+        if version not in versions:
+            work = self._work([*versions, version])
+            progress.num_inputs = work.num_inputs
+        logger.info(
+            "run %s: %d inputs in %d of %d shards to do",
+            self.run_id,
+            work.num_inputs,
+            len(work.shards),
+            len(self.plan.shards),
+        )
+        driver = Driver(
+            _lane_settings(stages, request, self),
+            version,
+            request,
+            num_lanes=num_lanes,
+            shards=work.shards,
+            load_shard=partial(load_shard, storage=self.output),
+            retry_codes=self.options.retry_codes,
+            journal=Journal(self.output, self._output_uri, version.config_fingerprint),
+            alarm=Alarm(self.options.max_error_rate, num_inputs=work.num_inputs),
+            progress=progress,
+        )
+        try:
+            return asyncio.run(_drive(driver, progress, work.estimated_seconds, console))
+        except SystemFailure as error:
+            raise type(error)(f"{error}. {self._what_is_committed(work)}") from None
+
+    def _work(self, versions: Sequence[Version]) -> Work:
+        codes = self.options.retry_codes
+        return work_of(self.plan, self._output_uri, self.output, versions=versions, retry_codes=codes)
+
+    def _put_in_force(self, settings: Mapping[str, Any], versions: Sequence[Version]) -> Version:
+        """Write down how the parts are made, now that the lanes' device is known."""
+        if not self.options.new_version:
+            check_settings(settings, versions, output_uri=self._output_uri)
+        version = record_version(settings, versions, output_uri=self._output_uri, storage=self.output)
+        if version not in versions:
+            config_uri = join(self._output_uri, "_kikitori", "config.yaml")
+            self.output.overwrite(config_uri, self.config.to_yaml().encode())
+        return version
+
+    def _what_is_committed(self, work: Work) -> str:
+        there = committed(self._output_uri, self.output)
+        num_there = sum(shard.id in there for shard in self.plan.shards)
+        return f"{num_there} of {len(self.plan.shards)} shards are committed and stay; run again to do what remains"
+
+
+def _new_run_id() -> str:
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
 
 
 async def _drive(driver: Driver, progress: Progress, total_seconds: float, console: Console) -> int | None:
@@ -138,82 +239,37 @@ def _anywhere(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"checkpoint": checkpoint, "output": output})
 
 
-def _lane_settings(stages: Stages, request: LaneRequest, run_id: str) -> LaneSettings:
+def _lane_settings(stages: Stages, request: LaneRequest, job: _Job) -> LaneSettings:
     return LaneSettings(
         config=stages.config,
-        run_id=run_id,
+        run_id=job.run_id,
         model_revision=stages.fetched.revision,
         padding=stages.padding(),
         num_loaders=request.num_loaders,
         loader_cpus=request.loader_cpus,
         num_threads=request.num_threads,
+        conditional_puts=job.output.conditional_puts,
     )
 
 
-def _final_status(stopped_by: int | None, status: Status) -> Status:
+def _final_status(plan: Plan, output_uri: str, output: Storage, *, stopped_by: int | None) -> Status:
+    if stopped_by is not None and len(plan.shards) > _MAX_FOOTERS_WHEN_STOPPED:
+        return quick_status_of(plan, output_uri, output)
+    status = status_of(plan, output_uri, output)
     if stopped_by is None and not status.is_complete:
         missing = status.num_shards - status.num_committed_shards
         raise SystemFailure(f"the run ended with {missing} shards not committed; run the same command again")
     return status
 
 
-def _settings_uri(output_uri: str) -> str:
-    return join(output_uri, "_kikitori", "settings.json")
-
-
-def _settings(config: RunConfig, stages: Stages) -> dict[str, Any]:
+def _settings(stages: Stages) -> dict[str, Any]:
     """What all parts of an output have in common: the way of decoding, and the columns."""
-    return stages.settings() | {"output.columns": sorted(config.output.columns)}
+    return stages.settings() | {COLUMNS: sorted(stages.config.output.columns)}
 
 
-def _check_settings(config: RunConfig, stages: Stages, storage: Storage, output_uri: str) -> None:
-    """One output, one way of decoding, one set of columns.
-
-    Raises:
-        ConfigError: parts are there that were made with other settings; the differences are named.
-        SystemFailure: the earlier record cannot be read.
-    """
-    earlier = _recorded_settings(storage, output_uri)
-    if earlier is None or not committed(output_uri, storage):
-        return
-    now = _settings(config, stages)
-    if config.checkpoint.dtype == "auto" and config.checkpoint.device != "cpu" and not ray.is_initialized():
-        now["checkpoint.dtype"] = earlier.get("checkpoint.dtype")  # known when the lanes' device is
-    differences = [
-        f"{key}: {earlier.get(key)!r} there, {now.get(key)!r} now"
-        for key in sorted({*earlier, *now})
-        if earlier.get(key) != now.get(key)
-    ]
-    if differences:
-        raise ConfigError(
-            f"{output_uri} holds transcripts made with other settings:\n  "
-            + "\n  ".join(differences)
-            + "\nGo back to those settings, or choose another output.uri"
-        )
-
-
-def _record_settings(config: RunConfig, stages: Stages, storage: Storage, output_uri: str) -> None:
-    """Write down how the parts are made, now that the lanes' device is known; the first run's record stays.
-
-    Raises:
-        ConfigError: another run has begun here with other settings.
-    """
-    settings = _settings(config, stages)
-    record = json.dumps({"config_fingerprint": fingerprint(stages.settings()), "settings": settings}, indent=2)
-    if not committed(output_uri, storage):
-        storage.overwrite(_settings_uri(output_uri), record.encode())
-        storage.overwrite(join(output_uri, "_kikitori", "config.yaml"), config.to_yaml().encode())
-    _check_settings(config, stages, storage, output_uri)
-
-
-def _recorded_settings(storage: Storage, output_uri: str) -> dict[str, Any] | None:
-    uri = _settings_uri(output_uri)
-    try:
-        found = json.loads(storage.read_bytes(uri))["settings"]
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError):
-        raise SystemFailure(
-            f"{uri} is damaged: it does not hold the settings of the output; restore or delete it"
-        ) from None
-    return found if isinstance(found, dict) else None
+def _settings_before_lanes(stages: Stages, config: RunConfig, versions: Sequence[Version]) -> dict[str, Any]:
+    """The settings as far as they are known before the lanes' device is."""
+    settings = _settings(stages)
+    if versions and config.checkpoint.dtype == "auto" and config.checkpoint.device != "cpu":
+        settings["checkpoint.dtype"] = versions[-1].settings.get("checkpoint.dtype")
+    return settings

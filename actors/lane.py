@@ -8,7 +8,7 @@ Ray never retries here (`max_restarts=0`): a replayed generator would have to yi
 loader is replaced by its encoder; when anything else dies, the driver replaces the lane and does its shards again.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,9 +16,8 @@ from pipeline.config import RunConfig
 from pipeline.errors import SystemFailure
 from pipeline.fetch import fetch
 from pipeline.load import Padding
-from pipeline.messages import Codes, Failure, Source, Waveform
+from pipeline.messages import Codes, Failure, Shard, Source, Waveform
 from pipeline.run import Stages, build_stages
-from pipeline.storage import join
 
 Message = TypeVar("Message", Waveform | Failure, Codes | Failure)
 
@@ -37,6 +36,23 @@ class LaneSettings:
     num_loaders: int
     loader_cpus: float
     num_threads: int  # of torch, in the encoder and in the decoder
+    conditional_puts: bool = True  # whether the output's store can refuse to replace a file, as the driver found out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardReport:
+    """How far a shard is that is open in a lane."""
+
+    shard_id: str
+    num_finished: int  # inputs, of those to be done
+    errors: Mapping[str, int]  # error code -> inputs
+    example: str | None  # one of the errors, for people
+    audio_seconds: float  # of those that are ok
+
+    @property
+    def num_errors(self) -> int:
+        """Finished inputs that are errors."""
+        return sum(self.errors.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,10 +60,23 @@ class LaneReport:
     """How a lane is doing."""
 
     has_room: bool
-    num_finished: int  # inputs of shards that are not yet committed
-    num_errors: int
-    audio_seconds: float
     occupancy: float
+    shards: tuple[ShardReport, ...]  # those that are not yet committed
+
+    @property
+    def num_finished(self) -> int:
+        """Inputs."""
+        return sum(shard.num_finished for shard in self.shards)
+
+    @property
+    def num_errors(self) -> int:
+        """Of the finished inputs."""
+        return sum(shard.num_errors for shard in self.shards)
+
+    @property
+    def audio_seconds(self) -> float:
+        """Of the finished inputs that are ok."""
+        return sum(shard.audio_seconds for shard in self.shards)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,11 +87,25 @@ class Culprit:
     died: bool
     detail: str
 
+    @property
+    def code(self) -> str:
+        """Of its error row."""
+        return "WORKER_CRASHED" if self.died else "MODEL_ERROR"
+
     def row(self, source: Source) -> Failure:
         """Its error row."""
         if self.died:
             return worker_crashed(source, stage="generate", detail=self.detail)
-        return Failure(source=source, stage="generate", code="MODEL_ERROR", message=self.detail)
+        return Failure(source=source, stage="generate", code=self.code, message=self.detail)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What a lane is told to do with a shard."""
+
+    shard: Shard
+    culprits: tuple[Culprit, ...]  # they get their error row without being touched
+    retry_codes: frozenset[str]  # of a part that is there, the inputs to be done again
 
 
 def worker_crashed(source: Source, *, stage: str, detail: str) -> Failure:
@@ -72,11 +115,6 @@ def worker_crashed(source: Source, *, stage: str, detail: str) -> Failure:
         "it; the input is left out. If it plays elsewhere, please report it"
     )
     return Failure(source=source, stage=stage, code="WORKER_CRASHED", message=message)
-
-
-def mark_uri(output_uri: str, shard_id: str) -> str:
-    """Where the input in hand is named while a suspect shard is done one input at a time."""
-    return join(output_uri, "_kikitori", "journal", f"{shard_id}.in-hand")
 
 
 def open_stages(settings: LaneSettings) -> Stages:

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from actors.lane import LaneSettings, packed, worker_crashed
+from pipeline.failpoints import failpoint
 from pipeline.load import LoadStage
 from pipeline.messages import Failure, Source, Waveform
 from pipeline.storage import Storage
@@ -15,6 +16,7 @@ class LoadActor:
     """Decodes and resamples on one CPU. Holds no state between calls, so it can be replaced at any moment."""
 
     def __init__(self, settings: LaneSettings) -> None:
+        failpoint("loader.before-ready")
         self._stage = LoadStage(Storage(settings.config.input.storage_options), settings.padding)
 
     def ready(self) -> bool:

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import math
 import signal
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -22,7 +23,7 @@ from pipeline.errors import ConfigError, KikitoriError
 if TYPE_CHECKING:
     from actors.job import JobResult
     from pipeline.messages import Failure, Source, Transcript
-    from pipeline.status import Status
+    from pipeline.status import Status, VersionParts
     from pipeline.storage import Storage
 
 _EXIT_ERRORS, _EXIT_USAGE, _EXIT_SYSTEM = 1, 2, 3
@@ -112,15 +113,35 @@ def transcribe(
 
 @cli.command()
 @click.argument("config_path", metavar="CONFIG.yaml")
+@click.option("--new-version", is_flag=True, help="Settings differ from the output's: do every input again with these.")
+@click.option("--retry-errors", "codes", metavar="CODE,...", help="Also redo inputs with these error codes, or `all`.")
+@click.option(
+    "--max-error-rate", metavar="R", type=click.FloatRange(0, 1), help="Stop when more than this share are errors."
+)
 @_common
-def run(config_path: str, as_json: bool, overrides: Sequence[str], verbose: bool) -> int:
+def run(
+    config_path: str,
+    new_version: bool,
+    codes: str | None,
+    max_error_rate: float | None,
+    as_json: bool,
+    overrides: Sequence[str],
+    verbose: bool,
+) -> int:
     """Transcribe all inputs of a config on Ray; repeat it to do what remains."""
     _configure_logging(verbose)
     config = load_config(config_path, overrides)
-    from actors.job import run_job
+    from actors.job import RunOptions, retry_codes, run_job
 
+    if max_error_rate is not None and math.isnan(max_error_rate):
+        raise ConfigError("--max-error-rate is not a number; expected 0 to 1")
+    options = RunOptions(
+        new_version=new_version,
+        retry_codes=frozenset() if codes is None else retry_codes(codes),
+        max_error_rate=max_error_rate,
+    )
     with redirect_stdout(sys.stderr):  # Ray prints there when a worker dies
-        result = run_job(config, Console(stderr=True))
+        result = run_job(config, Console(stderr=True), options)
     _print_json(_result_as_json(result)) if as_json else _print_result(result)
     return result.exit_code
 
@@ -392,14 +413,19 @@ def _status_as_json(status: "Status", output_uri: str) -> dict[str, Any]:
         "output_uri": output_uri,
         "complete": status.is_complete,
         "inputs": status.num_inputs,
-        "rows": status.num_rows,
-        "ok": status.num_ok,
-        "errors": dict(status.errors),
+        "rows": status.num_rows if status.is_counted else None,
+        "ok": status.num_ok if status.is_counted else None,
+        "errors": dict(status.errors) if status.is_counted else None,
         "shards": status.num_shards,
         "committed_shards": status.num_committed_shards,
         "remaining_shards": status.num_shards - status.num_committed_shards,
-        "audio_hours": round(status.audio_seconds / 3600, 4),
+        "outdated_shards": status.num_outdated_shards,
+        "audio_hours": round(status.audio_seconds / 3600, 4) if status.is_counted else None,
         "remaining_audio_hours_estimated": round(status.remaining_seconds / 3600, 4),
+        "versions": [
+            {"number": one.number, "config_fingerprint": one.config_fingerprint, "parts": one.num_parts}
+            for one in status.versions
+        ],
     }
 
 
@@ -432,9 +458,12 @@ def _print_status(title: str, status: "Status", output_uri: str, estimated_secon
         "output": output_uri,
         "inputs": f"{status.num_inputs:,}",
         "shards": f"{status.num_committed_shards:,} of {status.num_shards:,} committed",
-        "transcribed": f"{status.num_ok:,} inputs, {format_hours(status.audio_seconds)} of audio",
-        "errors": ", ".join(f"{code} {count:,}" for code, count in status.errors.items()) or "none",
     }
+    if status.is_counted:
+        facts["transcribed"] = f"{status.num_ok:,} inputs, {format_hours(status.audio_seconds)} of audio"
+        facts["errors"] = ", ".join(f"{code} {count:,}" for code, count in status.errors.items()) or "none"
+    if len(status.versions) > 1:
+        facts["versions"] = "; ".join(_version_line(one, status) for one in status.versions)
     if not status.is_complete:
         facts["remaining"] = f"about {format_hours(status.remaining_seconds)} of audio"
     if estimated_seconds is not None:
@@ -442,6 +471,11 @@ def _print_status(title: str, status: "Status", output_uri: str, estimated_secon
     if ignored:
         facts["left out"] = ", ".join(f"{count:,} {kind}" for kind, count in ignored.items()) + " (not audio)"
     _print_facts(title, facts)
+
+
+def _version_line(version: "VersionParts", status: "Status") -> str:
+    place = ", in force" if version is status.versions[-1] else ""
+    return f"{version.config_fingerprint} ({version.num_parts:,} parts{place})"
 
 
 def _print_facts(title: str, facts: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from models.config import SpeechConfig
 from models.tokenizer import WORD_MARK, Tokenizer
 from pipeline.config import Alignment
+from pipeline.failpoints import failpoint
 from pipeline.messages import Failure, Tokens, Transcript, Word
 
 # With plain stepping the model hears every frame one step early, with a doubled first frame one step late.
@@ -51,6 +52,7 @@ class AlignStage:
             yield message if isinstance(message, Failure) else self._transcript(message)
 
     def _transcript(self, tokens: Tokens) -> Transcript:
+        failpoint("align.before-words")
         words = tuple(self._words(tokens))
         return Transcript(
             source=tokens.source,

@@ -15,6 +15,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import ConfigError
+from pipeline.retries import shown
 
 Alignment = Literal["all-frames", "bos-replaces-first", "first-frame-twice"]
 Auto = Literal["auto"]
@@ -130,11 +131,14 @@ class RunConfig(_Section):
     ray: RayConfig = RayConfig()
 
     def to_yaml(self) -> str:
-        """The complete config, defaults included; values of `storage_options` are hidden, they may be secrets."""
+        """The complete config, defaults included; `storage_options` and passwords in URIs are hidden."""
         data = self.model_dump(mode="json")
         for section in ("checkpoint", "input", "output"):
             options: dict[str, Any] = data[section]["storage_options"]
             data[section]["storage_options"] = dict.fromkeys(options, "***")
+        data["checkpoint"]["source"] = shown(self.checkpoint.source)
+        data["input"]["uris"] = [shown(uri) for uri in self.input.uris]
+        data["output"]["uri"] = shown(self.output.uri)
         return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
 
@@ -171,7 +175,7 @@ def decoding_settings(config: RunConfig, *, dtype: str, model_revision: str, ver
     """
     generate = config.stages.generate
     settings = {
-        "checkpoint.source": config.checkpoint.source,
+        "checkpoint.source": shown(config.checkpoint.source),
         "checkpoint.revision": model_revision,
         "checkpoint.dtype": dtype,  # as resolved: `auto` is another one on another device
         "stages.encode.window": config.stages.encode.window,

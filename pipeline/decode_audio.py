@@ -5,6 +5,7 @@ by itself passes over damaged packets and over a missing second half without a w
 """
 
 import errno
+import math
 import os
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -35,6 +36,10 @@ _ALLOWED_BAD_PACKETS = 2
 _ALLOWED_BAD_SHARE = 0.01
 _MISSING_SECONDS = 0.5  # codecs trim up to a few hundred milliseconds at the ends
 _MISSING_SHARE = 0.02
+_SEEK_FROM_SECONDS = 20.0  # what is nearer to the beginning is reached as fast by decoding
+_SETTLE_SECONDS = 1.0  # codecs need some packets after a jump: 80 ms for Opus, ten frames for a low-rate MP3
+# Containers whose packets carry their exact time after a jump. Matroska rounds to milliseconds, the others guess.
+_SEEKABLE = frozenset({"wav", "w64", "flac", "ogg", "mp3", "aiff", "mov,mp4,m4a,3gp,3g2,mj2"})
 _SUPPORTED = "wav, flac, mp3, m4a/mp4, ogg, opus, webm/mkv, aac, aiff, wma and most others that hold sound"
 
 # Only what can hold sound, and nothing that names other files (hls, concat, dash, image sequences, sdp ...): a playlist
@@ -70,6 +75,14 @@ class _Tally:
     is_broken: bool = False  # the container could not be read to its end
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """A part of a recording, in seconds of its own clock; `end_seconds` is None for its end."""
+
+    start_seconds: float
+    end_seconds: float | None
+
+
 def decode(file: BinaryIO) -> Iterator[Pcm]:
     """Decode the first audio stream in blocks; memory does not grow with its length. The rate may change on the way.
 
@@ -88,6 +101,27 @@ def decode(file: BinaryIO) -> Iterator[Pcm]:
         _judge(tally, promise)
 
 
+def decode_span(file: BinaryIO, span: Span) -> Iterator[Pcm]:
+    """Decode a part of the first audio stream: the samples that `decode` gives, from the first to the last of the span.
+
+    Where a container says exactly where its packets are, decoding begins shortly before the span; elsewhere what comes
+    before is decoded and dropped. What follows the span is not looked at, so damage there is not found.
+
+    Raises:
+        InputError: as `decode`; TRUNCATED if the recording ends before the span does.
+        OSError: the file could not be read.
+    """
+    if span.start_seconds >= _SEEK_FROM_SECONDS:
+        with _opened(file) as (container, stream):
+            position_seconds = _seek(container, stream, span.start_seconds - _SETTLE_SECONDS)
+            if position_seconds is not None and position_seconds <= span.start_seconds:
+                yield from _cut(container, stream, _Cutter(span, position_seconds))
+                return
+        file.seek(0)
+    with _opened(file) as (container, stream):
+        yield from _cut(container, stream, _Cutter(span, 0.0))
+
+
 def estimate_seconds(file: BinaryIO) -> float | None:
     """The duration the headers name or let ffmpeg guess, without decoding; None where they do not."""
     try:
@@ -99,6 +133,88 @@ def estimate_seconds(file: BinaryIO) -> float | None:
     except InputError:
         return None
     return seconds if seconds > 0 else None
+
+
+def _cut(container: InputContainer, stream: AudioStream, cutter: "_Cutter") -> Iterator[Pcm]:
+    tally = _Tally()
+    yield from _blocks(cutter.cut(_frames(container, stream, tally)))
+    _judge(tally, None)
+    cutter.check()
+
+
+def _seek(container: InputContainer, stream: AudioStream, seconds: float) -> float | None:
+    """Go to the last packet that begins before `seconds`; -> where decoding goes on, or None if that is not known."""
+    if container.format.name not in _SEEKABLE:
+        return None
+    try:
+        first = _first_seconds(container, stream)
+        target = int((first + seconds) / (stream.time_base or 1))
+        container.seek(target, stream=stream)
+        reached = _first_seconds(container, stream)
+        container.seek(target, stream=stream)  # back to the packet that was decoded to learn where it is
+    except (*_AV_ERRORS, StopIteration):
+        return None
+    return reached - first if reached >= first else None
+
+
+def _first_seconds(container: InputContainer, stream: AudioStream) -> float:
+    """The time of the next frame that holds sound, on the container's clock. Raises StopIteration if there is none."""
+    frame = next(frame for frame in container.decode(stream) if frame.samples)
+    if frame.pts is None or frame.time_base is None:
+        raise ValueError("a frame without a time")
+    return float(frame.pts * frame.time_base)
+
+
+class _Cutter:
+    """Lets through what lies in a span. Times are counted in samples, so that neighbours neither overlap nor miss."""
+
+    def __init__(self, span: Span, position_seconds: float) -> None:
+        """`position_seconds`: where in the recording the first frame is."""
+        self._span = span
+        self._begin_seconds = position_seconds  # of what is at the present rate
+        self._num_samples = 0  # since then
+        self._rate_hz = 0
+        self._has_sound = False
+
+    def cut(self, frames: Iterator[Pcm]) -> Iterator[Pcm]:
+        for pcm in frames:
+            if pcm.rate_hz != self._rate_hz:
+                self._begin_seconds, self._num_samples, self._rate_hz = self._reached_seconds, 0, pcm.rate_hz
+            start = max(0, self._index(self._span.start_seconds) - self._num_samples)
+            end = len(pcm.samples)
+            if self._span.end_seconds is not None:
+                end = min(end, self._index(self._span.end_seconds) - self._num_samples)
+            self._num_samples += len(pcm.samples)
+            if start < end:
+                self._has_sound = True
+                yield Pcm(samples=pcm.samples[start:end], rate_hz=pcm.rate_hz, channels=pcm.channels)
+            if end < len(pcm.samples):
+                return
+
+    def check(self) -> None:
+        """Raise the InputError that a span deserves whose recording ended before it did."""
+        start, end, reached = self._span.start_seconds, self._span.end_seconds, self._reached_seconds
+        allowed_seconds = max(_MISSING_SECONDS, _MISSING_SHARE * ((end or start) - start))
+        if self._has_sound and (end is None or end - reached <= allowed_seconds):
+            return
+        if end is not None and reached >= end:
+            raise InputError(
+                "EMPTY_AUDIO", f"asked for {end - start:.6f} s, which hold no sample; correct the duration"
+            )
+        until = "its end" if end is None else f"{end:.2f} s"
+        raise InputError(
+            "TRUNCATED",
+            f"asked for {start:.2f} s to {until}, but the recording ends at {reached:.2f} s; correct offset and "
+            "duration, or restore the recording",
+        )
+
+    @property
+    def _reached_seconds(self) -> float:
+        return self._begin_seconds + (self._num_samples / self._rate_hz if self._rate_hz else 0.0)
+
+    def _index(self, seconds: float) -> int:
+        """The sample at this time, counted from the beginning of what is at the present rate."""
+        return math.floor(seconds * self._rate_hz + 0.5) - round(self._begin_seconds * self._rate_hz)
 
 
 @contextmanager

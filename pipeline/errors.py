@@ -5,7 +5,8 @@ KikitoriError
 │   └── CheckpointError  a checkpoint that cannot be found, or is not one we can load
 ├── InputError           one input is bad: the stage turns it into a `Failure`, which becomes an error row
 └── SystemFailure        we or the machines are wrong: the run stops, what is committed stays; exit code 3
-    └── ModelFailure     encoder or decoder raised; the driver finds out over which input
+    ├── ModelFailure     encoder or decoder raised; the driver finds out over which input
+    └── Superseded       another run has put newer settings in force in the same output
 """
 
 
@@ -27,6 +28,10 @@ class SystemFailure(KikitoriError):
 
 class ModelFailure(SystemFailure):
     """Encoder or decoder raised while several inputs were in hand: which one is to blame is not known yet."""
+
+
+class Superseded(SystemFailure):
+    """Another run has put newer settings in force in the same output; this one has nothing more to do there."""
 
 
 class InputError(KikitoriError):
@@ -51,6 +56,7 @@ class InputError(KikitoriError):
 ERROR_CODES: dict[str, str] = {
     "NOT_FOUND": "the input does not exist (any more)",
     "FETCH_FAILED": "the bytes could not be read from storage",
+    "BAD_CONTAINER": "a tar, a Parquet file or a line of a manifest that does not lead to audio",
     "EMPTY_AUDIO": "no audio, or less than one frame of it",
     "UNSUPPORTED_FORMAT": "not audio, or a container or codec no decoder knows",
     "DECODE_FAILED": "recognised as audio, but its content is damaged",

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -28,11 +29,12 @@ from models.checkpoint import Checkpoint, checkpoint_files, open_checkpoint
 from models.config import FormatError
 from pipeline.config import CheckpointConfig
 from pipeline.errors import CheckpointError
-from pipeline.storage import FileEntry, Storage, join
+from pipeline.storage import FileEntry, Storage, join, shown
 
 DEMO = "demo"
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
-_COPY_BYTES = 16 * 2**20
+_COPY_PREFIX = ".kikitori-"
+_LEFTOVER_SECONDS = 24 * 3600.0  # copies this old are nobody's work any more
 _DIGEST_BLOCK_BYTES = 16 * 2**10
 _DIGEST_BLOCKS = 4096
 
@@ -46,7 +48,7 @@ class Fetched:
     revision: str  # what it resolved to: a commit on the hub, a digest of the files elsewhere
 
 
-def fetch(config: CheckpointConfig, storage: Storage | None = None) -> Fetched:
+def fetch(config: CheckpointConfig) -> Fetched:
     """Bring a checkpoint to this machine; costs nothing if it is here already.
 
     Raises:
@@ -57,8 +59,8 @@ def fetch(config: CheckpointConfig, storage: Storage | None = None) -> Fetched:
         folder = Path(models.__file__).parent / "demo" / "original"
         return Fetched(folder=folder, model_id=DEMO, revision=_digest(folder))
     if "://" in source and not source.startswith("file://"):
-        folder = _download(source.rstrip("/"), storage or Storage({}))
-        return Fetched(folder=folder, model_id=source, revision=_digest(folder))
+        folder = _download(source.rstrip("/"), Storage(config.storage_options))
+        return Fetched(folder=folder, model_id=shown(source), revision=_digest(folder))
     local = Path(os.path.expanduser(source.removeprefix("file://")))  # Path.expanduser raises for an unknown user
     if local.is_dir():
         return _local(source, local.resolve())
@@ -134,7 +136,7 @@ def _download(uri: str, storage: Storage) -> Path:
             _copy(wanted, storage, folder)
         except OSError as error:
             raise CheckpointError(
-                f"checkpoint {uri} could not be copied to {folder.parent}: {error}; "
+                f"checkpoint {shown(uri)} could not be copied to {folder.parent}: {error}; "
                 "KIKITORI_CACHE names another folder for it"
             ) from None
     return folder
@@ -146,9 +148,9 @@ def _list(uri: str, storage: Storage) -> dict[str, FileEntry]:
         config = json.loads(storage.read_bytes(join(uri, "config.json")))
         entries = {entry.uri.removeprefix(join(uri, "")): entry for entry in storage.list_files(uri)}
     except FileNotFoundError:
-        raise CheckpointError(f"checkpoint {uri}: there is no config.json") from None
+        raise CheckpointError(f"checkpoint {shown(uri)}: there is no config.json") from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {uri} could not be read: {error}") from None
+        raise CheckpointError(f"checkpoint {shown(uri)} could not be read: {error}") from None
     return {
         name: entry
         for name, entry in entries.items()
@@ -163,17 +165,27 @@ def _patterns(config: Any) -> tuple[str, ...]:
 
 def _copy(wanted: Mapping[str, FileEntry], storage: Storage, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as temporary:
+    _remove_leftovers(folder.parent)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=_COPY_PREFIX) as temporary:
         target = Path(temporary) / "checkpoint"
         target.mkdir()
         for name, entry in wanted.items():
-            with storage.open(entry.uri) as source, (target / name).open("wb") as out:
-                shutil.copyfileobj(source, out, _COPY_BYTES)
+            with (target / name).open("w+b") as out:
+                storage.download(entry.uri, out)
+                if entry.size_bytes not in (None, out.tell()):
+                    raise OSError(f"{shown(entry.uri)} changed from {entry.size_bytes} to {out.tell()} bytes meanwhile")
         try:
             target.rename(folder)
         except OSError:  # another process on this machine was first; its copy is as good
             if not folder.exists():
                 raise
+
+
+def _remove_leftovers(cache: Path) -> None:
+    """Copies of gigabytes that killed processes did not get to finish."""
+    for path in cache.glob(f"{_COPY_PREFIX}*"):
+        if time.time() - path.stat().st_mtime > _LEFTOVER_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _digest(folder: Path) -> str:

@@ -3,30 +3,27 @@
 Everything streams: of a three-hour file, one block of samples and one piece are in memory at a time.
 """
 
-import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from tempfile import SpooledTemporaryFile
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 import numpy as np
 import soxr
 from numpy.typing import NDArray
 
-from pipeline.decode_audio import Pcm, decode, estimate_seconds
+from pipeline.audio_bytes import AudioFiles
+from pipeline.decode_audio import Pcm, Span, decode, decode_span, estimate_seconds
 from pipeline.errors import InputError
-from pipeline.messages import AudioFacts, Failure, Source, Waveform
-from pipeline.storage import Storage, is_local
+from pipeline.failpoints import failpoint
+from pipeline.messages import AudioFacts, Failure, Segment, Source, Waveform
+from pipeline.storage import Storage
 
 logger = logging.getLogger(__name__)
 
 Samples = NDArray[np.float32]  # [S]
 TAIL_MARGIN_SECONDS = 1.0  # what transformers' feature extractor and moshi's run_inference add to the delay
-_COPY_BYTES = 8 * 1024 * 1024  # of one request when a remote file is fetched
-_SPOOL_BYTES = 64 * 1024 * 1024  # bigger remote files are copied to the temporary folder instead of memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,25 +80,30 @@ class LoadStage:
         self._piece_samples = max(1, frames_per_piece) * padding.samples_per_frame
 
     def run(self, inbox: Iterable[Source | Failure]) -> Iterator[Waveform | Failure]:
-        """One file at a time; the next is not touched before the last piece of this one was taken."""
-        for message in inbox:
-            if isinstance(message, Failure):
-                yield message
-            else:
-                yield from self._stream(message)
+        """One input at a time; the next is not touched before the last piece of this one was taken."""
+        with AudioFiles(self._storage) as files:
+            for message in inbox:
+                if isinstance(message, Failure):
+                    yield message
+                elif message.fault is not None:
+                    yield _failure(message, "BAD_CONTAINER", message.fault, _Heard())
+                else:
+                    yield from self._stream(message, files)
 
-    def _stream(self, source: Source) -> Iterator[Waveform | Failure]:
+    def _stream(self, source: Source, files: AudioFiles) -> Iterator[Waveform | Failure]:
         heard = _Heard()
+        failpoint("load.before-open")
         try:
-            with _fetched(self._storage, source.uri) as (file, digest):
+            with files.fetched(source) as (file, digest):
                 heard.content_sha256 = digest
-                for samples, is_last in self._pieces(file, heard):
+                for samples, is_last in self._pieces(_decoded(file, source), heard):
                     facts = heard.facts() if is_last else None
+                    failpoint("load.mid-stream")
                     yield Waveform(source=source, samples=samples, is_last=is_last, facts=facts)
         except InputError as error:
             yield _failure(source, error.code, error.message, heard)
         except (FileNotFoundError, NotADirectoryError):
-            message = f"{source.uri} does not exist (any more); restore it, or take it out of the inputs"
+            message = f"{source.file_uri} does not exist (any more); restore it, or take it out of the inputs"
             yield _failure(source, "NOT_FOUND", message, heard)
         except OSError as error:
             message = f"could not read {source.uri}: {error}; check permissions and network, then run again"
@@ -111,8 +113,8 @@ class LoadStage:
             message = f"{type(error).__name__} while decoding: {error}; if it plays elsewhere, please report it"
             yield _failure(source, "DECODE_FAILED", message, heard)
 
-    def _pieces(self, file: BinaryIO, heard: "_Heard") -> Iterator[tuple[Samples, bool]]:
-        heard_blocks = heard.listen(decode(file), shortest_seconds=self._frame_seconds)
+    def _pieces(self, blocks: Iterator[Pcm], heard: "_Heard") -> Iterator[tuple[Samples, bool]]:
+        heard_blocks = heard.listen(blocks, shortest_seconds=self._frame_seconds)
         resampled = _resample(heard_blocks, to_hz=self._padding.sampling_rate_hz)
         return cut(
             self._padding.apply(resampled),
@@ -125,13 +127,33 @@ class LoadStage:
         return self._padding.samples_per_frame / self._padding.sampling_rate_hz
 
 
-def probe_seconds(storage: Storage, uri: str) -> float | None:
-    """Duration in seconds as the headers have it, without decoding; None when they do not say or cannot be read."""
+def probe_seconds(storage: Storage, sources: Sequence[Source]) -> list[float | None]:
+    """Durations in seconds as headers have them, without decoding; None where they do not say or cannot be read.
+
+    Sources of the same file, one after the other, cost one opening of it.
+    """
+    with AudioFiles(storage) as files:
+        return [_probe(source, files) for source in sources]
+
+
+def _probe(source: Source, files: AudioFiles) -> float | None:
     try:
-        with storage.open(uri) as file:
-            return estimate_seconds(file)
-    except OSError:
+        with files.peeked(source) as file:
+            seconds = estimate_seconds(file)
+    except (OSError, InputError):
         return None
+    if seconds is not None and isinstance(source.place, Segment):
+        return max(0.0, seconds - source.place.start_seconds)
+    return seconds
+
+
+def _decoded(file: BinaryIO, source: Source) -> Iterator[Pcm]:
+    place = source.place
+    if not isinstance(place, Segment):
+        return decode(file)
+    length = place.duration_seconds
+    end_seconds = None if length is None else place.start_seconds + length
+    return decode_span(file, Span(start_seconds=place.start_seconds, end_seconds=end_seconds))
 
 
 def cut(blocks: Iterable[Samples], *, piece_samples: int, samples_per_frame: int) -> Iterator[tuple[Samples, bool]]:
@@ -195,30 +217,6 @@ class _Heard:
             sampling_rate_hz=self._rate_hz,
             channels=self._channels,
         )
-
-
-@contextmanager
-def _fetched(storage: Storage, uri: str) -> Generator[tuple[BinaryIO, str]]:
-    """The file, seekable at no cost, and the SHA-256 of its bytes. Decoders seek, so a remote file is copied first."""
-    with storage.open(uri) as file:
-        if is_local(uri):
-            digest = _hash(file)
-            file.seek(0)
-            yield file, digest
-            return
-        with SpooledTemporaryFile(_SPOOL_BYTES) as copy:
-            digest = _hash(file, then=copy.write)
-            copy.seek(0)
-            yield cast(BinaryIO, copy), digest
-
-
-def _hash(file: BinaryIO, *, then: Callable[[bytes], object] = len) -> str:
-    """SHA-256 of what is left of the file, in hexadecimal; every part of it is handed to `then` too."""
-    sha256 = hashlib.sha256()
-    while data := file.read(_COPY_BYTES):
-        sha256.update(data)
-        then(data)
-    return sha256.hexdigest()
 
 
 def _resample(blocks: Iterable[Pcm], *, to_hz: int) -> Iterator[Samples]:

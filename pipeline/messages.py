@@ -18,12 +18,63 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TarMember:
+    """The place of an input that is a file in an uncompressed tar; its bytes are read by range, nothing is scanned."""
+
+    file_uri: str  # of the tar
+    file_version: str  # as it was planned: in another version the bytes may be anywhere
+    name: str
+    offset_bytes: int  # where its bytes begin; `Source.size_bytes` says how many they are
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParquetRow:
+    """The place of an input that is a row of a Parquet file: a cell that holds the bytes, or names the file."""
+
+    file_uri: str  # of the Parquet file
+    file_version: str  # as it was planned: in another version the row may be another recording
+    column: str
+    row: int  # from 0, over all row groups
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """The place of an input that is a part of a recording."""
+
+    file_uri: str  # of the recording
+    start_seconds: float
+    duration_seconds: float | None  # None: to the end
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """One input. `id` is stable: the same input has the same id in any run."""
+    """One input. `id` is stable: the same input has the same id in any run.
+
+    `uri` is for people and for the row; it may be ambiguous (a file name may hold a `#`). What to open is `file_uri`.
+    """
 
     id: str
-    uri: str
-    size_bytes: int | None = None
+    uri: str  # of the file; `file#member`, `file#row` or `file#t=START,END` where `place` says more
+    size_bytes: int | None = None  # of the encoded audio
+    place: TarMember | ParquetRow | Segment | None = None  # None: the whole file at `uri`
+    fault: str | None = None  # why there is nothing to open, where planning found that out: such an input gets its row
+
+    @property
+    def file_uri(self) -> str:
+        """The file that has to be opened."""
+        return self.uri if self.place is None else self.place.file_uri
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardRef:
+    """A shard as the plan lists it: enough to order, count and name it. Its sources are read when its turn comes."""
+
+    id: str
+    num_inputs: int
+    estimated_seconds: float  # of audio, all inputs together
+    longest_seconds: float  # of one input
+    manifest_uri: str  # which manifest holds its sources
+    first_row: int  # in that manifest; the others follow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +82,7 @@ class Shard:
     """A fixed group of sources: the unit of restart, and one output file. `id` follows from the ids of its sources."""
 
     id: str
-    sources: tuple[Source, ...]  # longest first; the rows of the part are in this order
+    sources: tuple[Source, ...]  # longest first, or in the order of the file they share; so are the rows of the part
     estimated_seconds: float  # of audio
 
 

@@ -1,7 +1,9 @@
 """Transcript -> row -> one Parquet part per shard. Every input has exactly one row, failures included.
 
 A part is built in memory and published with one create-only write: it appears whole or not at all, and the first
-one stays. Its name follows from the shard, so a shard that is done twice still has one part.
+one stays. Its name follows from the shard, so a shard that is done twice still has one part. Only two things replace a
+part, each with one write under the same name, so that a reader of the folder sees every input once at any moment:
+other settings (the old part is kept in the archive), and inputs that are tried again because their rows are errors.
 """
 
 import io
@@ -17,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import ConfigError, SystemFailure
+from pipeline.failpoints import failpoint
 from pipeline.messages import Failure, Shard, Transcript, Word
 from pipeline.storage import Storage, join
 
@@ -79,12 +82,19 @@ class PartSummary:
     errors: Mapping[str, int]  # error code -> rows
     audio_seconds: float  # of the ok rows
     version: str
+    config_fingerprint: str
+    columns: tuple[str, ...]  # the extra ones
     created: bool = False  # True only from the commit that put the part there
 
 
 def part_uri(output_uri: str, shard_id: str) -> str:
     """Where the part of a shard is, or will be."""
     return join(output_uri, "data", f"part-{shard_id}.parquet")
+
+
+def archive_uri(output_uri: str, shard_id: str, config_fingerprint: str) -> str:
+    """Where the part of a shard is kept once one with other settings has taken its place."""
+    return join(output_uri, "_kikitori", "archive", config_fingerprint, f"part-{shard_id}.parquet")
 
 
 def check_columns(columns: Collection[str]) -> None:
@@ -152,27 +162,26 @@ def row_to_json(row: Mapping[str, object]) -> str:
 
 
 def read_summary(storage: Storage, uri: str) -> PartSummary:
-    """Count the rows of a part from its footer alone.
+    """What a part holds, from its footer alone.
 
     Raises:
         SystemFailure: the file is damaged, or was not written by this project.
     """
     try:
         with storage.open(uri) as file:
-            metadata: Mapping[bytes, bytes] = pq.read_metadata(file).metadata or {}
+            return _summary_of(pq.ParquetFile(file), uri)
     except pa.ArrowInvalid as error:
-        raise SystemFailure(f"{uri} is damaged: {error}; delete it, and its shard will be done again") from None
-    if b"kikitori" not in metadata:
-        raise SystemFailure(f"{uri} was not written by kikitori; move it out of the output folder")
-    counts: dict[str, Any] = json.loads(metadata[b"kikitori"])
-    return PartSummary(
-        shard_id=counts["shard_id"],
-        num_rows=counts["rows"],
-        num_ok=counts["ok"],
-        errors=counts["errors"],
-        audio_seconds=counts["audio_seconds"],
-        version=counts["version"],
-    )
+        raise _damaged(uri, error) from None
+
+
+def read_error_ids(storage: Storage, uri: str, codes: Collection[str]) -> frozenset[str]:
+    """The ids of the rows of a part that carry one of these error codes."""
+    try:
+        with storage.open(uri) as file:
+            rows = pq.ParquetFile(file).read(["id", "error_code"]).to_pylist()
+    except pa.ArrowInvalid as error:
+        raise _damaged(uri, error) from None
+    return frozenset(row["id"] for row in rows if row["error_code"] in codes)
 
 
 class WriteStage:
@@ -201,19 +210,78 @@ class WriteStage:
             yield to_row(message, self._provenance, columns=self._columns, transcribed_at=self._clock())
 
     def commit(self, shard: Shard, messages: Iterable[Transcript | Failure]) -> PartSummary:
-        """Write the part of a shard, or leave it as it is if somebody wrote it before.
+        """Write the part of a shard, or leave it as it is if somebody wrote it before with the same settings.
 
-        The summary is of the part that is there afterwards; `created` says whether it is this one.
+        A part with other settings is copied to the archive and replaced. The summary is of the part that is there
+        afterwards; `created` says whether it is this one.
 
         Raises:
             SystemFailure: the messages are not exactly one per source of the shard; nothing is written.
         """
         rows = _in_order_of(shard, list(self.run(messages)))
-        summary = _summarise(shard.id, rows, version=self._provenance.version)
+        summary = self._summarise(shard.id, rows)
+        data = _parquet(pa.Table.from_pylist(rows, schema=self._schema), summary)
         uri = part_uri(self._output_uri, shard.id)
-        if self._storage.create(uri, _parquet(rows, self._schema, summary)):
+        failpoint("write.before-put")
+        if self._storage.create(uri, data):
+            failpoint("write.after-put")
             return summary
-        return read_summary(self._storage, uri)
+        there = read_summary(self._storage, uri)
+        if self.made(there):
+            return there
+        archived = archive_uri(self._output_uri, shard.id, there.config_fingerprint)
+        failpoint("write.before-archive")
+        self._storage.overwrite(archived, self._storage.read_bytes(uri))
+        failpoint("write.before-replace")
+        self._storage.overwrite(uri, data)
+        failpoint("write.after-replace")
+        return summary
+
+    def amend(self, shard: Shard, messages: Iterable[Transcript | Failure]) -> PartSummary:
+        """Put new rows in the place of error rows of a part; all other rows stay as they are, to the bit.
+
+        The part is read again for that: a row which another run has brought to ok meanwhile is such another row.
+
+        Raises:
+            SystemFailure: the part is not of these settings, or does not hold the inputs of the shard.
+        """
+        uri = part_uri(self._output_uri, shard.id)
+        part = pq.ParquetFile(pa.BufferReader(self._storage.read_bytes(uri)))
+        if not self.made(_summary_of(part, uri)):
+            raise SystemFailure(
+                f"{uri} was replaced by a run with other settings meanwhile; run again to see what is left"
+            )
+        there = part.read()
+        errors = {row["id"] for row in there.select(["id", "status"]).to_pylist() if row["status"] == "error"}
+        rows = {str(row["id"]): row for row in self.run(messages) if row["id"] in errors}
+        kept = there.filter([id not in rows for id in there["id"].to_pylist()])
+        merged = pa.concat_tables([kept.cast(self._schema), pa.Table.from_pylist(list(rows.values()), self._schema)])
+        merged = merged.take(_places(shard, merged["id"].to_pylist()))
+        summary = self._summarise(shard.id, merged.select(["status", "error_code", "duration_s"]).to_pylist())
+        failpoint("write.before-amend")
+        self._storage.overwrite(uri, _parquet(merged, summary))
+        failpoint("write.after-amend")
+        return summary
+
+    def made(self, part: PartSummary) -> bool:
+        """Whether a part was made with the settings of this stage and has its columns."""
+        same_settings = part.config_fingerprint == self._provenance.config_fingerprint
+        return same_settings and self._columns == frozenset(part.columns)
+
+    def _summarise(self, shard_id: str, rows: Sequence[Row]) -> PartSummary:
+        ok = [row for row in rows if row["status"] == "ok"]
+        seconds = [row["duration_s"] for row in ok]
+        return PartSummary(
+            shard_id=shard_id,
+            num_rows=len(rows),
+            num_ok=len(ok),
+            errors=dict(sorted(Counter(str(row["error_code"]) for row in rows if row["status"] == "error").items())),
+            audio_seconds=math.fsum(value for value in seconds if isinstance(value, float)),
+            version=self._provenance.version,
+            config_fingerprint=self._provenance.config_fingerprint,
+            columns=tuple(name for name in _OPTIONAL_FIELDS if name in self._columns),
+            created=True,
+        )
 
 
 def _outcome(message: Transcript | Failure) -> Row:
@@ -278,8 +346,13 @@ def _feature(kind: DataType) -> object:
 
 
 def _in_order_of(shard: Shard, rows: Sequence[Row]) -> list[Row]:
+    return [rows[place] for place in _places(shard, [str(row["id"]) for row in rows])]
+
+
+def _places(shard: Shard, ids: Sequence[str]) -> list[int]:
+    """Where the row of each source is, in the order of the shard."""
     planned = [source.id for source in shard.sources]
-    times_seen = Counter(str(row["id"]) for row in rows)
+    times_seen = Counter(ids)
     problems = {
         "missing": [id for id in planned if id not in times_seen],
         "more than once": [id for id, times in times_seen.items() if times > 1],
@@ -287,9 +360,9 @@ def _in_order_of(shard: Shard, rows: Sequence[Row]) -> list[Row]:
     }
     if any(problems.values()):
         found = "; ".join(f"{what}: {_name_some(ids)}" for what, ids in problems.items() if ids)
-        raise SystemFailure(f"shard {shard.id} has {len(planned)} inputs and got {len(rows)} results; {found}")
-    row_of = {row["id"]: row for row in rows}
-    return [row_of[id] for id in planned]
+        raise SystemFailure(f"shard {shard.id} has {len(planned)} inputs and got {len(ids)} results; {found}")
+    place_of = {id: place for place, id in enumerate(ids)}
+    return [place_of[id] for id in planned]
 
 
 def _name_some(ids: Sequence[str]) -> str:
@@ -297,21 +370,34 @@ def _name_some(ids: Sequence[str]) -> str:
     return ", ".join(ids[:_MAX_IDS_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _summarise(shard_id: str, rows: Sequence[Row], *, version: str) -> PartSummary:
-    ok = [row for row in rows if row["status"] == "ok"]
-    seconds = [row["duration_s"] for row in ok]
+def _summary_of(part: Any, uri: str) -> PartSummary:
+    """Of an open Parquet file."""
+    metadata: Mapping[bytes, bytes] = part.metadata.metadata or {}
+    if b"kikitori" not in metadata:
+        raise SystemFailure(f"{uri} was not written by kikitori; move it out of the output folder")
+    counts: dict[str, Any] = json.loads(metadata[b"kikitori"])
     return PartSummary(
-        shard_id=shard_id,
-        num_rows=len(rows),
-        num_ok=len(ok),
-        errors=dict(sorted(Counter(str(row["error_code"]) for row in rows if row["status"] == "error").items())),
-        audio_seconds=math.fsum(value for value in seconds if isinstance(value, float)),
-        version=version,
-        created=True,
+        shard_id=counts["shard_id"],
+        num_rows=counts["rows"],
+        num_ok=counts["ok"],
+        errors=counts["errors"],
+        audio_seconds=counts["audio_seconds"],
+        version=counts["version"],
+        # The first releases did not write it into the footer; a part is of one run, so any row can tell.
+        config_fingerprint=counts.get("config_fingerprint") or _fingerprint_in_rows(part),
+        columns=tuple(name for name in part.schema_arrow.names if name in _OPTIONAL_FIELDS),
     )
 
 
-def _parquet(rows: list[Row], part_schema: PartSchema, summary: PartSummary) -> bytes:
+def _fingerprint_in_rows(part: Any) -> str:
+    return str(part.read_row_group(0, columns=["config_fingerprint"])["config_fingerprint"][0])
+
+
+def _damaged(uri: str, error: Exception) -> SystemFailure:
+    return SystemFailure(f"{uri} is damaged: {error}; delete it, and its shard will be done again")
+
+
+def _parquet(table: Any, summary: PartSummary) -> bytes:
     counts = {
         "shard_id": summary.shard_id,
         "rows": summary.num_rows,
@@ -319,9 +405,10 @@ def _parquet(rows: list[Row], part_schema: PartSchema, summary: PartSummary) -> 
         "errors": dict(summary.errors),
         "audio_seconds": summary.audio_seconds,
         "version": summary.version,
+        "config_fingerprint": summary.config_fingerprint,
     }
     sink = io.BytesIO()
-    with pq.ParquetWriter(sink, part_schema, compression="zstd") as writer:
-        writer.write_table(pa.Table.from_pylist(rows, schema=part_schema))
+    with pq.ParquetWriter(sink, table.schema, compression="zstd", write_page_checksum=True) as writer:
+        writer.write_table(table)
         writer.add_key_value_metadata({"kikitori": json.dumps(counts)})
     return sink.getvalue()

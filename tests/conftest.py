@@ -1,5 +1,7 @@
 """What many tests share: tiny checkpoints in both formats, their models, and a machine that behaves the same twice."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import settings
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.decoder import Decoder
 from models.mimi import MimiEncoder
+from tests.s3 import S3Server, serve
 from tests.tiny import write_original, write_trfs
 
 # The same examples in every run, no file left behind, and no clock: a loaded machine is not a failure.
@@ -56,3 +59,14 @@ def tiny_decoder(tiny_checkpoint: Checkpoint) -> Decoder:
 def tiny_mimi(tiny_checkpoint: Checkpoint) -> MimiEncoder:
     """Its Mimi encoder; stateless, so it can be shared."""
     return tiny_checkpoint.load_mimi()
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server of our own; every test makes its own buckets."""
+    with ExitStack() as running:
+        try:
+            server = running.enter_context(serve(tmp_path_factory.mktemp("s3") / "server"))
+        except OSError as error:
+            pytest.skip(f"no S3 server can be started here: {error}")
+        yield server

@@ -7,12 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from tests.make_audio import sine, wav
 from tests.processes import descendants
 from tests.speech import ROOT
 
@@ -91,3 +95,106 @@ def test_ctrl_c_leaves_soon_and_leaves_nothing_running(folder: Path, seconds: fl
     while any(Path(f"/proc/{pid}").exists() for pid in started):
         assert time.monotonic() < deadline, "processes of the run are still alive"
         time.sleep(0.1)
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return pq.read_table(folder / "out" / "data").sort_by("id").to_pylist()
+
+
+def wait_for(condition: Callable[[], bool], *, seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.02)
+
+
+SMALL_SHARDS = ("-s", "input.shard_audio_hours=0.001")
+
+
+def test_two_runs_at_once_make_every_row_once(folder: Path) -> None:
+    both = [start(folder, "run", "job.yaml", "--json", *SMALL_SHARDS) for _ in range(2)]
+    said = [process.communicate(timeout=180) for process in both]
+    assert [process.returncode for process in both] == [1, 1], said
+    results = [json.loads(out) for out, _ in said]
+    assert [result["rows"] for result in results] == [5, 5]
+    assert sum(result["shards_done"] for result in results) == results[0]["shards"] > 1
+    assert len({row["id"] for row in rows_of(folder)}) == len(rows_of(folder)) == 5
+
+
+def test_of_two_first_runs_with_other_settings_one_stops_and_the_other_finishes(folder: Path) -> None:
+    alignments = ("all-frames", "bos-replaces-first")
+    both = [start(folder, "run", "job.yaml", "-s", f"stages.generate.alignment={one}") for one in alignments]
+    said = [process.communicate(timeout=180)[1] for process in both]
+    codes = [process.returncode for process in both]
+    assert sorted(codes) == [1, 2], said
+    refused = said[codes.index(2)]
+    assert "other settings" in refused
+    assert "stages.generate.alignment" in refused
+    rows = rows_of(folder)
+    assert len(rows) == 5
+    assert len({row["config_fingerprint"] for row in rows}) == 1
+
+
+def test_a_new_version_that_was_killed_is_finished_by_running_again(folder: Path) -> None:
+    for clip in (ROOT / "digits").glob("test_unseen_*.wav"):
+        shutil.copy(clip, folder / "my audio")
+    settings = ("-s", "stages.generate.alignment=bos-replaces-first", "-s", "stages.generate.slots=1", *SMALL_SHARDS)
+    assert kikitori(folder, "run", "job.yaml", *SMALL_SHARDS)[0] == 1
+    before = rows_of(folder)
+    process = start(folder, "run", "job.yaml", "--new-version", *settings)
+    archive = folder / "out" / "_kikitori" / "archive"
+    wait_for(lambda: any(archive.glob("*/part-*")))
+    process.kill()
+    process.communicate(timeout=60)
+    halfway = rows_of(folder)
+    assert [row["id"] for row in halfway] == [row["id"] for row in before]
+
+    code, out, _ = kikitori(folder, "status", "job.yaml", "--json")
+    status = json.loads(out)
+    assert (code, status["complete"]) == (0, False)
+    assert status["outdated_shards"] == status["remaining_shards"] > 0
+    assert sum(version["parts"] for version in status["versions"]) == status["shards"]
+
+    assert kikitori(folder, "run", "job.yaml", *settings)[0] == 1
+    after = rows_of(folder)
+    assert [row["id"] for row in after] == [row["id"] for row in before]
+    assert {row["config_fingerprint"] for row in after} == {status["versions"][1]["config_fingerprint"]}
+    assert len(list(archive.glob("*/part-*"))) == status["shards"]
+
+
+def test_after_sigterm_it_is_gone_within_30_seconds_and_what_is_committed_is_whole(folder: Path) -> None:
+    hour = np.tile(sine(60.0, rate_hz=8000), 60 * 3)
+    (folder / "my audio" / "endless.wav").write_bytes(wav(hour, rate_hz=8000))
+    # Two loaders: one has its hands full.
+    slow = ("-s", "stages.generate.lookahead=1", "-s", "stages.load={cpus: 0.5, actors: 2}")
+    process = start(folder, "run", "job.yaml", "--json", *SMALL_SHARDS, *slow)
+    wait_for(lambda: any((folder / "out" / "data").glob("part-*")))
+    process.send_signal(signal.SIGTERM)
+    begun = time.monotonic()
+    out, err = process.communicate(timeout=60)
+    seconds = time.monotonic() - begun
+    assert process.returncode == 143, err
+    assert 15 < seconds < 30, "with a shard open it waits a while, and not too long"
+    result = json.loads(out)
+    assert result["remaining_shards"] == 1
+    assert len(rows_of(folder)) == result["rows"] == 5
+
+
+def test_a_lost_machine_that_does_not_come_back_leaves_the_work_to_the_others(folder: Path) -> None:
+    from ray.cluster_utils import Cluster
+
+    few = [shutil.copy(clip, folder / "my audio") for clip in sorted((ROOT / "digits").glob("test_unseen_*.wav"))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        machines = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    try:
+        address = ("-s", f"ray.address={cluster.address}")
+        process = start(folder, "run", "job.yaml", "--json", "-s", "input.shard_audio_hours=0.0005", *address)
+        wait_for(lambda: any((folder / "out" / "data").glob("part-*")))
+        cluster.remove_node(machines[0], allow_graceful=False)
+        out, err = process.communicate(timeout=180)
+        assert process.returncode == 1, err
+        assert json.loads(out)["rows"] == 5 + len(few)
+    finally:
+        cluster.shutdown()

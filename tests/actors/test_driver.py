@@ -1,6 +1,7 @@
 """The distributed job against the one-process reference, with processes killed for real."""
 
 import asyncio
+import json
 import os
 import shutil
 import signal
@@ -15,18 +16,20 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import ray
+from ray.util.placement_group import placement_group, remove_placement_group
 from rich.console import Console
 
 from actors import driver
 from actors.decoder import DecoderActor
-from actors.job import JobResult, run_job
+from actors.job import JobResult, RunOptions, run_job
 from pipeline.config import RunConfig, load_config
 from pipeline.discover import discover
-from pipeline.errors import ConfigError, SystemFailure
+from pipeline.errors import ConfigError, Superseded, SystemFailure
 from pipeline.fetch import fetch
 from pipeline.messages import Codes, Source, Transcript
 from pipeline.run import build_stages, transcribe
 from pipeline.storage import Storage
+from pipeline.versions import read_versions, record_version
 from tests.make_audio import encoded, sine, wav
 from tests.processes import actors, kill_one
 from tests.speech import clips
@@ -202,6 +205,89 @@ def test_inputs_that_kill_their_decoder_get_a_row_and_the_others_their_transcrip
     assert {name: found[name]["tokens"] for name in names} == {name: reference[name] for name in names}
 
 
+def poisoned(corpus: Path, folder: Path) -> Path:
+    """Four inputs that are well and one that kills."""
+    folder.mkdir()
+    for name in ("clip004.wav", "clip005.flac", "clip007.mp3", "clip008.wav"):
+        shutil.copy2(corpus / name, folder / name)
+    shutil.copy2(corpus / "clip000.wav", folder / "poison.wav")
+    return folder
+
+
+def test_lanes_that_an_earlier_run_has_lost_need_not_be_lost_again(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr(driver, "DecoderActor", PoisonedDecoder)
+    inputs, output = poisoned(corpus, tmp_path / "in"), tmp_path / "out"
+    with monkeypatch.context() as patch:  # a driver that goes away after two deaths
+        patch.setattr(driver, "_MAX_FRUITLESS", 2)
+        with pytest.raises(SystemFailure, match=r"lost its lane 2 times.*0 of 1 shards are committed"):
+            run(inputs, output)
+    [record] = (output / "_kikitori" / "journal").iterdir()
+    assert json.loads(record.read_text())["deaths"] == 2
+    result = run(inputs, output)
+    assert (result.num_lost_lanes, result.status.errors) == (1, {"WORKER_CRASHED": 1})
+
+    # Convicted: where the shard has to be done again, that input is not touched.
+    [part] = (output / "data").iterdir()
+    part.unlink()
+    result = run(inputs, output)
+    assert (result.num_lost_lanes, result.status.errors) == (0, {"WORKER_CRASHED": 1})
+
+    # Acquitted: it is touched once more, and what has been cured gets its transcript.
+    retry = RunOptions(retry_codes=frozenset({"WORKER_CRASHED"}))
+    result = run_job(configured(inputs, output), QUIET, retry)
+    assert (result.num_lost_lanes, result.status.errors) == (1, {"WORKER_CRASHED": 1})
+    monkeypatch.setattr(driver, "DecoderActor", DecoderActor)
+    result = run_job(configured(inputs, output), QUIET, retry)
+    assert (result.num_lost_lanes, result.status.errors, result.status.num_ok) == (0, {}, 5)
+    assert not list((output / "_kikitori" / "journal").iterdir())
+
+
+class OvertakenDecoder(DecoderActor):
+    """While it works, another run puts other settings in force."""
+
+    async def _transcribe(self, work: Any, sources: Sequence[Source]) -> None:
+        await super()._transcribe(work, sources)
+        uri, storage = self._output_uri, Storage()
+        versions = read_versions(uri, storage)
+        if len(versions) == 1:
+            record_version({"other": "settings"}, versions, output_uri=uri, storage=storage)
+
+
+def test_a_run_that_is_overtaken_by_new_settings_stops_before_it_writes(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr(driver, "DecoderActor", OvertakenDecoder)
+    with pytest.raises(Superseded, match=r"another run has put newer settings in force.*0 of 1 shards"):
+        run(poisoned(corpus, tmp_path / "in"), tmp_path / "out")
+    assert not (tmp_path / "out" / "data").exists()
+
+
+def test_when_all_lanes_are_lost_and_no_place_comes_back_the_run_ends_and_says_what_there_is(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "_NO_CAPACITY_SECONDS", 3.0)
+    output, groups = tmp_path / "out", list[Any]()
+
+    def take_the_machine() -> None:
+        """Ask for all of it, and kill the lane: its place goes to whoever asked first."""
+        wait_for(lambda: len(list((output / "data").glob("part-*"))) >= 2)
+        groups.append(placement_group([{"CPU": 2}]))
+        kill_one("DecoderActor")
+
+    thread = threading.Thread(target=take_the_machine, daemon=True)
+    thread.start()
+    try:
+        with pytest.raises(SystemFailure, match=r"all lanes are lost, and there was no node .* [1-9]\d* of \d+ shards"):
+            run(corpus, output)
+    finally:
+        thread.join(timeout=10)
+        remove_placement_group(groups[0])
+
+
 def test_one_lane_or_two_small_shards_or_one_large_one_the_rows_are_the_same(
     corpus: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -238,7 +324,7 @@ def test_a_checkpoint_that_the_lanes_cannot_open_ends_the_run_and_says_why(corpu
     shutil.copytree(Path(models.__file__).parent / "demo" / "original", folder)
 
     def vanish() -> None:
-        wait_for(lambda: bool(list((tmp_path / "out").glob("_kikitori/settings.json"))))
+        wait_for(lambda: bool(list((tmp_path / "out").glob("_kikitori/settings/*.json"))))
         (folder / "mimi.safetensors").unlink()
 
     thread = threading.Thread(target=vanish, daemon=True)

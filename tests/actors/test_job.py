@@ -2,15 +2,22 @@ import dataclasses
 import json
 import shutil
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from actors.job import JobResult, run_job
+from actors.job import JobResult, RunOptions, retry_codes, run_job
 from pipeline.config import RunConfig, load_config
-from pipeline.errors import CheckpointError, ConfigError, SystemFailure
+from pipeline.errors import ERROR_CODES, CheckpointError, ConfigError, SystemFailure
+from pipeline.plan import make_plan
 from pipeline.status import Status
+from pipeline.storage import Storage
 from tests.speech import ROOT
 
 QUIET = Console(stderr=True, quiet=True)
@@ -18,11 +25,13 @@ STATUS = Status(
     num_inputs=3,
     num_shards=1,
     num_committed_shards=1,
+    num_outdated_shards=0,
     num_rows=3,
     num_ok=3,
     errors={},
     audio_seconds=7200,
     remaining_seconds=0,
+    versions=(),
 )
 RESULT = JobResult(
     run_id="r",
@@ -39,7 +48,7 @@ RESULT = JobResult(
 def configured(tmp_path: Path, *overrides: str) -> RunConfig:
     inputs = tmp_path / "in"
     inputs.mkdir(exist_ok=True)
-    shutil.copy(ROOT / "digits" / "test_seen_7.wav", inputs)
+    shutil.copy2(ROOT / "digits" / "test_seen_7.wav", inputs)  # not touched: it stays the same input
     base = ["checkpoint.source=demo", f"input.uris=[{inputs}]", f"output.uri={tmp_path / 'out'}"]
     return load_config(None, [*base, *overrides])
 
@@ -84,32 +93,166 @@ def test_the_settings_of_an_output_are_recorded_without_secrets(tmp_path: Path) 
 
 @pytest.mark.parametrize("text", ["{", "{}", "[]"])
 def test_a_damaged_record_is_named(tmp_path: Path, text: str) -> None:
-    record = tmp_path / "out" / "_kikitori" / "settings.json"
+    record = tmp_path / "out" / "_kikitori" / "settings" / "settings-00000.json"
     record.parent.mkdir(parents=True)
     record.write_text(text)
-    with pytest.raises(SystemFailure, match=r"settings\.json is damaged"):
+    with pytest.raises(SystemFailure, match=r"settings-00000\.json is damaged"):
         run_job(configured(tmp_path), QUIET)
 
 
 def test_a_run_that_is_refused_adds_nothing_to_the_plan(tmp_path: Path) -> None:
     config = configured(tmp_path)
-    (tmp_path / "out" / "data").mkdir(parents=True)
-    (tmp_path / "out" / "data" / "part-0123456789abcdef.parquet").touch()
-    record = tmp_path / "out" / "_kikitori" / "settings.json"
-    record.parent.mkdir()
+    record = tmp_path / "out" / "_kikitori" / "settings" / "settings-00000.json"
+    record.parent.mkdir(parents=True)
     record.write_text(json.dumps({"settings": {"version": "0.0.1"}}))
     with pytest.raises(ConfigError, match=r"version: '0\.0\.1' there"):
         run_job(config, QUIET)
-    assert not (record.parent / "manifest").exists()
+    assert not (tmp_path / "out" / "_kikitori" / "manifest").exists()
 
 
-@pytest.mark.cluster
-@pytest.mark.usefixtures("cluster")
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("text", "codes"),
+    [("NOT_FOUND", {"NOT_FOUND"}), ("NOT_FOUND, TRUNCATED", {"NOT_FOUND", "TRUNCATED"}), ("all", set(ERROR_CODES))],
+)
+def test_error_codes_are_named_or_all_are_meant(text: str, codes: set[str]) -> None:
+    assert retry_codes(text) == codes
+
+
+@pytest.mark.parametrize("text", ["", "not_found", "NOT_FOUND,", "all,NOT_FOUND", "NOPE"])
+def test_an_error_code_that_does_not_exist_is_refused_and_the_known_ones_are_named(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--retry-errors: found '.*the error codes are NOT_FOUND, FETCH_FAILED"):
+        retry_codes(text)
+
+
+on_ray = [pytest.mark.cluster, pytest.mark.usefixtures("cluster"), pytest.mark.filterwarnings("ignore")]
+
+
+def with_marks(test: Callable[..., None]) -> Callable[..., None]:
+    for mark in on_ray:
+        test = mark(test)
+    return test
+
+
+@with_marks
 def test_a_finished_output_says_with_what_it_was_made(tmp_path: Path) -> None:
     config = configured(tmp_path)
     result = run_job(config, QUIET)
     assert result.exit_code == 0
-    record = json.loads((tmp_path / "out/_kikitori/settings.json").read_text())
+    record = json.loads((tmp_path / "out/_kikitori/settings/settings-00000.json").read_text())
     assert record["settings"]["checkpoint.source"] == "demo"
     assert load_config(str(tmp_path / "out/_kikitori/config.yaml")) == config
+
+
+SMALL_SHARDS = ("input.shard_audio_hours=0.001", "stages.generate.slots=4")
+
+
+def corpus(tmp_path: Path, count: int = 6) -> list[Path]:
+    """Clips, of which each is a shard of its own with `SMALL_SHARDS`."""
+    inputs = tmp_path / "in"
+    inputs.mkdir()
+    return [Path(shutil.copy2(clip, inputs)) for clip in sorted((ROOT / "digits").glob("*.wav"))[:count]]
+
+
+def parts_of(tmp_path: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (tmp_path / "out" / "data").iterdir()}
+
+
+def readers(data: Path) -> Iterator[list[str]]:
+    """The ids that each reader finds in the folder."""
+    yield pq.read_table(data)["id"].to_pylist()
+    if find_spec("pandas"):
+        import pandas
+
+        yield list(pandas.read_parquet(data)["id"])
+    if find_spec("duckdb"):
+        import duckdb
+
+        yield [id for (id,) in duckdb.connect().sql(f"select id from read_parquet('{data}/*.parquet')").fetchall()]
+
+
+@with_marks
+def test_new_settings_replace_every_part_under_the_eyes_of_its_readers(tmp_path: Path) -> None:
+    corpus(tmp_path)
+    data = tmp_path / "out" / "data"
+    first = run_job(configured(tmp_path, *SMALL_SHARDS), QUIET)
+    before, ids = parts_of(tmp_path), sorted(next(readers(data)))
+    new = configured(tmp_path, *SMALL_SHARDS, "stages.generate.alignment=bos-replaces-first")
+    with pytest.raises(ConfigError, match=r"(?s)stages\.generate\.alignment: 'all-frames' there.*--new-version"):
+        run_job(new, QUIET)
+    (data / ".0123.tmp").write_bytes(b"half a part")
+    stop, seen = threading.Event(), list[list[str]]()
+
+    def watch() -> None:
+        while not stop.is_set():
+            seen.extend(map(sorted, readers(data)))
+            time.sleep(0.02)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    second = run_job(new, QUIET, RunOptions(new_version=True))
+    stop.set()
+    watcher.join()
+    (data / ".0123.tmp").unlink()
+    assert len(seen) > 3
+    assert all(found == ids for found in seen)
+    assert second.num_shards_done == first.num_shards_done == len(before) > 1
+    assert second.status.is_complete
+    old_version, new_version = second.status.versions
+    assert (old_version.num_parts, new_version.num_parts) == (0, len(before))
+    assert set(pq.read_table(data)["config_fingerprint"].to_pylist()) == {new_version.config_fingerprint}
+    archive = tmp_path / "out" / "_kikitori" / "archive" / old_version.config_fingerprint
+    assert {path.name: path.read_bytes() for path in archive.iterdir()} == before
+    assert parts_of(tmp_path).keys() == before.keys()
+    assert run_job(new, QUIET).num_shards_done == 0
+    with pytest.raises(ConfigError, match="'bos-replaces-first' there"):
+        run_job(configured(tmp_path, *SMALL_SHARDS), QUIET)
+
+
+def plan_and_hide(tmp_path: Path, config: RunConfig, hidden: Sequence[Path]) -> Path:
+    """Plan everything, then take some inputs away; -> where they are."""
+    make_plan(config, Storage(), Storage())
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for path in hidden:
+        path.rename(elsewhere / path.name)
+    return elsewhere
+
+
+@with_marks
+@pytest.mark.parametrize("hours", [0.001, 1.0])
+def test_retried_inputs_get_new_rows_and_all_others_keep_theirs(tmp_path: Path, hours: float) -> None:
+    clips = corpus(tmp_path)
+    config = configured(tmp_path, f"input.shard_audio_hours={hours}")
+    elsewhere = plan_and_hide(tmp_path, config, clips[1:3])
+    assert run_job(config, QUIET).status.errors == {"NOT_FOUND": 2}
+    before, old = parts_of(tmp_path), pq.read_table(tmp_path / "out" / "data").sort_by("id")
+    assert run_job(config, QUIET, RunOptions(retry_codes=frozenset({"TRUNCATED"}))).num_shards_done == 0
+    assert parts_of(tmp_path) == before
+    for path in clips[1:3]:
+        (elsewhere / path.name).rename(path)
+    shutil.copy(clips[0], tmp_path / "in" / "new.wav")
+    result = run_job(config, QUIET, RunOptions(retry_codes=frozenset({"NOT_FOUND"})))
+    assert (result.exit_code, result.status.num_ok) == (0, 8)
+    new = pq.read_table(tmp_path / "out" / "data").sort_by("id")
+    again = {str(path) for path in [*clips[1:3], tmp_path / "in" / "new.wav"]}
+    rows = {row["source_uri"]: row for row in new.to_pylist()}
+    assert {uri for uri, row in rows.items() if row["run_id"] == result.run_id} == again
+    untouched = [uri not in again for uri in new["source_uri"].to_pylist()]
+    kept = [uri not in again for uri in old["source_uri"].to_pylist()]
+    assert new.filter(untouched).equals(old.filter(kept))
+    changed = {name for name, data in parts_of(tmp_path).items() if before.get(name) != data}
+    assert len(changed) == (3 if hours < 1 else 2)
+
+
+@with_marks
+def test_a_world_that_is_broken_ends_the_run_before_it_is_written_down(tmp_path: Path) -> None:
+    clips = corpus(tmp_path)
+    config = configured(tmp_path)
+    plan_and_hide(tmp_path, config, clips[:4])
+    with pytest.raises(SystemFailure) as caught:
+        run_job(config, QUIET, RunOptions(max_error_rate=0.5))
+    said = str(caught.value)
+    for part in ("4 of the 7 inputs", "NOT_FOUND 4", "e.g. /", "Check input.uris", "0 of 1 shards are committed"):
+        assert part in said
+    assert not (tmp_path / "out" / "data").exists()
+    assert run_job(config, QUIET, RunOptions(max_error_rate=0.6)).exit_code == 1

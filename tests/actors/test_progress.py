@@ -6,10 +6,11 @@ import pytest
 from rich.console import Console
 
 from actors.driver import Progress
-from actors.lane import LaneReport
+from actors.lane import LaneReport, ShardReport
 from actors.progress import show
 
-REPORT = LaneReport(has_room=True, num_finished=3, num_errors=1, audio_seconds=30.0, occupancy=0.75)
+SHARD = ShardReport(shard_id="s", num_finished=3, errors={"TRUNCATED": 1}, example="x", audio_seconds=30.0)
+REPORT = LaneReport(has_room=True, occupancy=0.75, shards=(SHARD,))
 
 
 def test_totals_are_what_is_committed_and_what_the_lanes_hold() -> None:

@@ -401,6 +401,39 @@ def test_a_plan_that_cannot_be_made_is_a_usage_error(
     assert said.format(folder=tmp_path) in result.err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--retry-errors", "NOPE"], "--retry-errors: found 'NOPE'; the error codes are NOT_FOUND, "),
+        (["--retry-errors", ""], "--retry-errors: found ''"),
+        (["--max-error-rate", "1.5"], "0<=x<=1"),
+        (["--max-error-rate", "nan"], "--max-error-rate is not a number"),
+    ],
+)
+def test_a_run_that_cannot_be_meant_is_a_usage_error(
+    kikitori: Kikitori, tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    result = kikitori("run", write_config(tmp_path), *arguments)
+    assert (result.code, result.out) == (2, "")
+    assert said in result.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_status_names_the_versions_where_there_are_several(kikitori: Kikitori, tmp_path: Path) -> None:
+    path = write_config(tmp_path)
+    kikitori("plan", path)
+    assert rows_of(kikitori("status", path, "--json"))[0]["versions"] == []
+    folder = tmp_path / "out" / "_kikitori" / "settings"
+    folder.mkdir()
+    for number in range(2):
+        (folder / f"settings-{number:05d}.json").write_text(json.dumps({"settings": {"number": number}}))
+    [found] = rows_of(kikitori("status", path, "--json"))
+    assert [(version["number"], version["parts"]) for version in found["versions"]] == [(0, 0), (1, 0)]
+    fingerprints = [version["config_fingerprint"] for version in found["versions"]]
+    shown = re.sub(r" *│\n│ +│ ", " ", kikitori("status", path).out)
+    assert f"{fingerprints[0]} (0 parts); {fingerprints[1]} (0 parts, in force)" in shown
+
+
 def test_fetch_says_what_it_has_found(kikitori: Kikitori, tmp_path: Path) -> None:
     path = write_config(tmp_path)
     [facts] = rows_of(kikitori("fetch", path, "--json"))

@@ -209,6 +209,17 @@ def test_secrets_are_neither_shown_nor_repeated_in_a_complaint(tmp_path: Path, s
     assert "hush" not in refusal(tmp_path, f"{section}: {{storage_options: hush}}")
 
 
+def test_passwords_in_uris_are_not_written_down(tmp_path: Path) -> None:
+    uri = "https://ali:hush@host/x?part=1&X-Amz-Signature=hush"
+    text = f"checkpoint: {{source: '{uri}'}}\ninput: {{uris: ['{uri}']}}\noutput: {{uri: '{uri}'}}"
+    config = load_config(write(tmp_path, text))
+    assert config.output.uri == uri
+    assert "hush" not in config.to_yaml()
+    assert config.to_yaml().count("https://***@host/x?part=1&X-Amz-Signature=***") == 3
+    settings = decoding_settings(config, dtype="float32", model_revision="1", version="1")
+    assert "hush" not in str(settings)
+
+
 @pytest.mark.parametrize(
     "override",
     [

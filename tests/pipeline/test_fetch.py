@@ -1,22 +1,26 @@
 import hashlib
 import io
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 import pytest
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
+from pipeline import retries
 from pipeline.config import CheckpointConfig
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.fetch import cache_folder, describe, fetch, open_fetched
 from pipeline.storage import Storage
+from tests.fault_proxy import fault_proxy
+from tests.s3 import KEY, SECRET, S3Server
 from tests.tiny import write_original, write_trfs
 
 COMMIT, OTHER_COMMIT = "a" * 40, "b" * 40
@@ -79,7 +83,7 @@ def test_a_uri_is_copied_once_and_is_the_same_checkpoint(
     assert fetched.revision == fetch(asked(tiny_original)).revision
     assert describe(open_fetched(fetched)) == describe(open_fetched(fetch(asked(tiny_original))))
     assert fetched.folder.is_relative_to(cache)
-    monkeypatch.setattr(Storage, "open", _must_not_be_called)
+    monkeypatch.setattr(Storage, "download", _must_not_be_called)
     assert fetch(asked(uploaded + "/")).folder == fetched.folder
 
 
@@ -106,20 +110,63 @@ def test_what_lies_beside_and_below_a_checkpoint_stays_where_it_is(uploaded: str
 def test_a_copy_that_broke_off_leaves_nothing_behind(
     uploaded: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = Storage.open
+    download = Storage.download
 
-    def unreliable(self: Storage, uri: str) -> Any:
+    def unreliable(self: Storage, uri: str, out: BinaryIO) -> None:
         if uri.endswith("model.safetensors"):
             raise OSError("the line is dead")
-        return opened(self, uri)
+        download(self, uri, out)
 
-    monkeypatch.setattr(Storage, "open", unreliable)
+    monkeypatch.setattr(Storage, "download", unreliable)
     with pytest.raises(CheckpointError, match=r"could not be copied .*the line is dead"):
         fetch(asked(uploaded))
     assert names_in(cache / "checkpoints") == set()
     monkeypatch.undo()
     monkeypatch.setenv("KIKITORI_CACHE", str(cache))
     open_fetched(fetch(asked(uploaded)))
+
+
+def test_a_copy_that_a_killed_process_left_is_removed_once_it_is_old(uploaded: str, cache: Path) -> None:
+    old, young = (cache / "checkpoints" / name for name in (".kikitori-old", ".kikitori-young"))
+    for left in (old, young):
+        (left / "checkpoint").mkdir(parents=True)
+        (left / "checkpoint" / "model.safetensors").touch()
+    os.utime(old, (1, 1))
+    fetched = fetch(asked(uploaded))
+    assert names_in(cache / "checkpoints") == {young.name, fetched.folder.name}
+
+
+def test_a_private_bucket_opens_with_the_options_of_the_checkpoint(
+    tiny_original: Path, cache: Path, s3_server: S3Server
+) -> None:
+    uri = f"s3://{s3_server.new_bucket()}/stt"
+    for path in tiny_original.iterdir():
+        Storage(s3_server.options()).overwrite(f"{uri}/{path.name}", path.read_bytes())
+    fetched = fetch(CheckpointConfig(source=uri, storage_options=s3_server.options()))
+    assert (fetched.model_id, fetched.revision) == (uri, fetch(asked(tiny_original)).revision)
+    assert describe(open_fetched(fetched)) == describe(open_fetched(fetch(asked(tiny_original))))
+    wrong = s3_server.options() | {"secret": "hush-hush"}
+    with pytest.raises(CheckpointError, match="correct the credentials") as refused:
+        fetch(CheckpointConfig(source=uri, storage_options=wrong))
+    assert "hush" not in str(refused.value)
+
+
+def test_a_checkpoint_that_arrives_damaged_is_not_kept(
+    tiny_original: Path, cache: Path, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retries, "_BACKOFF_SECONDS", (0.001,))
+    uri = f"s3://{s3_server.new_bucket()}/stt"
+    for path in tiny_original.iterdir():
+        Storage(s3_server.options()).overwrite(f"{uri}/{path.name}", path.read_bytes())
+    with fault_proxy(s3_server.port, key=KEY, secret=SECRET) as proxy:
+        config = CheckpointConfig(source=uri, storage_options=s3_server.options(endpoint=proxy.endpoint))
+        proxy.fail("flip a byte", method="GET", path="model.safetensors", times=1_000)
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: its content has MD5"):
+            fetch(config)
+        assert names_in(cache / "checkpoints") == set()
+        proxy.heal()
+        proxy.fail("flip a byte", method="GET", path="model.safetensors", times=1)
+        assert fetch(config).revision == fetch(asked(tiny_original)).revision
 
 
 def test_a_cache_that_cannot_be_written_is_named(

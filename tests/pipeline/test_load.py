@@ -1,6 +1,7 @@
 import hashlib
 import inspect
 import io
+import shutil
 import tracemalloc
 import uuid
 from collections.abc import Iterable, Iterator
@@ -16,9 +17,11 @@ from numpy.typing import NDArray
 
 import pipeline.load
 from pipeline.decode_audio import Pcm
+from pipeline.discover import discover
 from pipeline.load import TAIL_MARGIN_SECONDS, LoadStage, Padding, cut, probe_seconds
-from pipeline.messages import Failure, Source, Waveform
+from pipeline.messages import Failure, Segment, Source, Waveform
 from pipeline.storage import Storage
+from tests.containers import audio_table, put_lines, put_parquet, put_tar
 from tests.make_audio import encoded, sine, wav
 
 PADDING = Padding(prefix_seconds=0.5, delay_seconds=0.25)
@@ -285,6 +288,9 @@ class _BreakingStorage(Storage):
     def open(self, uri: str) -> io.BytesIO:
         return _BreakingFile(wav(sine(1.0)))
 
+    def download(self, uri: str, out: BinaryIO) -> None:
+        shutil.copyfileobj(self.open(uri), out)
+
 
 def test_a_fetch_that_breaks_off_is_not_the_files_fault() -> None:
     (message,) = LoadStage(_BreakingStorage(), PADDING).run([Source(id="x", uri="s3://bucket/a.wav")])
@@ -299,14 +305,15 @@ def test_a_fetch_that_breaks_off_is_not_the_files_fault() -> None:
 @pytest.mark.parametrize(("container", "codec"), [("wav", "pcm_s16le"), ("flac", "flac"), ("mp3", "libmp3lame")])
 def test_headers_tell_the_duration(tmp_path: Path, container: str, codec: str) -> None:
     (tmp_path / "a").write_bytes(encoded(sine(5.0), container=container, codec=codec))
-    assert probe_seconds(Storage(), str(tmp_path / "a")) == pytest.approx(5.0, abs=0.1)
+    [seconds] = probe_seconds(Storage(), [Source(id="a", uri=str(tmp_path / "a"))])
+    assert seconds == pytest.approx(5.0, abs=0.1)
 
 
 def test_unknown_durations_are_none(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"no audio at all")
     (tmp_path / "empty").write_bytes(b"")
-    for name in ("a", "empty", "missing"):
-        assert probe_seconds(Storage(), str(tmp_path / name)) is None
+    sources = [Source(id=name, uri=str(tmp_path / name)) for name in ("a", "empty", "missing")]
+    assert probe_seconds(Storage(), sources) == [None, None, None]
 
 
 def test_an_accident_nobody_foresaw_ends_one_input_and_not_the_others(
@@ -329,3 +336,74 @@ def test_an_accident_nobody_foresaw_ends_one_input_and_not_the_others(
     assert "ZeroDivisionError" in messages[0].message
     assert {message.source.id for message in messages[1:]} == {"b.wav"}
     assert isinstance(messages[-1], Waveform)
+
+
+# --- parts of files
+
+
+def sources_in(path: Path) -> list[Source]:
+    return [one.source for one in discover([str(path)], Storage()).found]
+
+
+def test_a_recording_sounds_the_same_wherever_it_lies(tmp_path: Path) -> None:
+    recording = encoded(sine(2.0), container="flac", codec="flac")
+    (tmp_path / "a.flac").write_bytes(recording)
+    put_tar(tmp_path / "b.tar", {"x.flac": recording})
+    cells = [(recording, None), (None, "a.flac")]
+    put_parquet(tmp_path / "c.parquet", audio_table(cells))
+    put_lines(tmp_path / "d.jsonl", {"audio_filepath": "a.flac"})
+    expected = load(recording, tmp_path)
+    for name, num_sources in [("a.flac", 1), ("b.tar", 1), ("c.parquet", 2), ("d.jsonl", 1)]:
+        sources = sources_in(tmp_path / name)
+        assert len(sources) == num_sources
+        for source in sources:
+            messages = list(LoadStage(Storage(), PADDING).run([source]))
+            np.testing.assert_array_equal(joined(messages), joined(expected))
+            assert messages[-1].facts == expected[-1].facts
+
+
+@pytest.mark.parametrize("rate_hz", [8_000, 24_000])
+def test_a_segment_is_a_recording_of_its_own(tmp_path: Path, rate_hz: int) -> None:
+    noise = np.random.default_rng(0).integers(-9000, 9000, rate_hz * 40).astype(np.float32) / 32768
+    data = wav(noise, rate_hz=rate_hz)
+    (tmp_path / "a.wav").write_bytes(data)
+    lines = [{"audio_filepath": "a.wav", "offset": at, "duration": 1.25} for at in (0, 3.5, 30.25)]
+    put_lines(tmp_path / "m.jsonl", *lines, {"audio_filepath": "a.wav", "offset": 38.5})
+    sources = sources_in(tmp_path / "m.jsonl")
+    assert len(sources) == 4
+    for source in sources:
+        messages = list(LoadStage(Storage(), PADDING).run([source]))
+        assert isinstance(source.place, Segment)
+        start = round(source.place.start_seconds * rate_hz)
+        part = noise[start : start + round((source.place.duration_seconds or 1.5) * rate_hz)]
+        np.testing.assert_allclose(joined(messages), one_shot(part, rate_hz, PADDING), atol=1e-6)
+        facts = messages[-1].facts
+        assert facts is not None
+        assert facts.duration_seconds == pytest.approx(len(part) / rate_hz)
+        assert facts.content_sha256 == hashlib.sha256(data).hexdigest()
+
+
+def test_what_planning_found_at_fault_is_a_row_and_opens_nothing(tmp_path: Path) -> None:
+    put_lines(tmp_path / "m.jsonl", {"audio_filepath": "gone.wav", "offset": 1}, "no json")
+    bad, gone = sorted(sources_in(tmp_path / "m.jsonl"), key=lambda source: source.fault is None)
+    stage = LoadStage(Storage(), PADDING)
+    failures = [failure([message]) for message in stage.run([bad, gone])]
+    assert [message.code for message in failures] == ["BAD_CONTAINER", "NOT_FOUND"]
+    assert f"line 2 of {tmp_path}/m.jsonl is not JSON" in failures[0].message
+    assert f"{tmp_path}/gone.wav does not exist" in failures[1].message
+
+
+def test_bad_parts_hurt_no_other_part(tmp_path: Path) -> None:
+    good = wav(sine(0.5))
+    path = put_tar(tmp_path / "a.tar", {"0.wav": good, "1.wav": b"no audio", "2.wav": b"", "3.wav": good})
+    messages = list(LoadStage(Storage(), PADDING).run(sources_in(path)))
+    codes = [message.code if isinstance(message, Failure) else "ok" for message in messages]
+    assert codes == ["ok", "UNSUPPORTED_FORMAT", "EMPTY_AUDIO", "ok"]
+
+
+def test_a_segment_that_the_recording_does_not_reach_is_truncated(tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_bytes(wav(sine(2.0)))
+    put_lines(tmp_path / "m.jsonl", {"audio_filepath": "a.wav", "offset": 1.0, "duration": 4.0})
+    found = failure(list(LoadStage(Storage(), PADDING).run(sources_in(tmp_path / "m.jsonl"))))
+    assert found.code == "TRUNCATED"
+    assert "the recording ends at 2.00 s" in found.message

@@ -6,15 +6,38 @@ import numpy as np
 import pytest
 
 from pipeline import messages
-from pipeline.messages import AudioFacts, Codes, Failure, Shard, Source, Tokens, Transcript, Waveform, Word
+from pipeline.messages import (
+    AudioFacts,
+    Codes,
+    Failure,
+    ParquetRow,
+    Segment,
+    Shard,
+    ShardRef,
+    Source,
+    TarMember,
+    Tokens,
+    Transcript,
+    Waveform,
+    Word,
+)
 
 SOURCE = Source(id="1", uri="a.wav", size_bytes=5)
+MEMBER = TarMember(file_uri="a.tar", file_version="1", name="a#b.wav", offset_bytes=512)
+ROW = ParquetRow(file_uri="a.parquet", file_version="1", column="audio", row=3)
+SEGMENT = Segment(file_uri="a.wav", start_seconds=1.5, duration_seconds=None)
 FACTS = AudioFacts(content_sha256="ab", duration_seconds=1.5, sampling_rate_hz=8000, channels=2)
 WORD = Word(text="one", start_seconds=0.0, end_seconds=0.5, confidence=0.9)
 IDS = np.arange(3, dtype=np.int32)
 CODES = np.arange(6, dtype=np.int16).reshape(2, 3)
 EXAMPLES: list[Any] = [
     SOURCE,
+    MEMBER,
+    ROW,
+    SEGMENT,
+    ShardRef(
+        id="s", num_inputs=1, estimated_seconds=1.5, longest_seconds=1.5, manifest_uri="plan-00000.parquet", first_row=0
+    ),
     Shard(id="s", sources=(SOURCE,), estimated_seconds=1.5),
     FACTS,
     Waveform(source=SOURCE, samples=np.zeros(4, np.float32), is_last=True, facts=FACTS),
@@ -56,3 +79,9 @@ def test_messages_can_be_compared_and_hashed(message: Any) -> None:
     again = pickle.loads(pickle.dumps(message))
     assert (message == again) is not holds_array
     assert len({message, message, again}) == (2 if holds_array else 1)
+
+
+@pytest.mark.parametrize("place", [MEMBER, ROW, SEGMENT])
+def test_what_is_opened_is_never_read_from_the_uri_for_people(place: TarMember | ParquetRow | Segment) -> None:
+    assert SOURCE.file_uri == "a.wav"
+    assert Source(id="1", uri="a#b#c", place=place).file_uri == place.file_uri

@@ -1,27 +1,29 @@
+import io
 import os
-import random
+import tempfile
 import wave
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import pipeline.plan
 from pipeline.config import InputConfig, OutputConfig, RunConfig
+from pipeline.discover import discover
 from pipeline.errors import ConfigError, SystemFailure
-from pipeline.messages import Shard, Source
-from pipeline.plan import Plan, committed, cut_shards, estimate_seconds, make_plan, read_plan, remaining
+from pipeline.manifests import load_shard
+from pipeline.messages import Segment, ShardRef, Source
+from pipeline.plan import Plan, committed, make_plan, read_plan, remaining
 from pipeline.storage import Storage
 from pipeline.write import part_uri
+from tests.containers import audio_table, put_lines, put_parquet, put_tar
 
 RATE_HZ = 8000
-Estimated = list[tuple[Source, float]]
-
-
-def make_source(number: int, *, suffix: str = ".wav", size_bytes: int | None = 1000) -> Source:
-    return Source(id=f"{number:032x}", uri=f"memory://nothing/{number}{suffix}", size_bytes=size_bytes)
 
 
 def put_wav(path: Path, *, seconds: float) -> None:
@@ -39,64 +41,21 @@ def make_config(folder: Path, *, hours: float = 1.0) -> RunConfig:
     )
 
 
-def plan_folder(folder: Path, *, hours: float = 1.0, write: bool = True) -> Plan:
-    return make_plan(make_config(folder, hours=hours), Storage(), Storage(), write=write)
+def plan_folder(folder: Path, *, hours: float = 1.0) -> Plan:
+    return make_plan(make_config(folder, hours=hours), Storage(), Storage())
 
 
 def manifests_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((folder / "out/_kikitori/manifest").glob("*"))}
 
 
-def inputs_of(shards: tuple[Shard, ...]) -> list[str]:
-    return sorted(source.uri for shard in shards for source in shard.sources)
+def sources_of(shards: Iterable[ShardRef]) -> list[Source]:
+    loaded = [source for shard in shards for source in load_shard(shard, Storage()).sources]
+    return sorted(loaded, key=lambda source: (source.uri, source.id))
 
 
-@st.composite
-def estimates(draw: st.DrawFn) -> Estimated:
-    seconds = draw(st.lists(st.floats(0, 20_000) | st.just(60.0), max_size=60))
-    return [(make_source(number), one) for number, one in enumerate(seconds)]
-
-
-@given(estimated=estimates(), hours=st.floats(0.001, 10), seed=st.integers())
-def test_shards_hold_every_input_once_whatever_the_order_of_the_listing(
-    estimated: Estimated, hours: float, seed: int
-) -> None:
-    shards = cut_shards(estimated, shard_audio_hours=hours)
-    assert sorted(source.id for shard in shards for source in shard.sources) == [source.id for source, _ in estimated]
-    shuffled = list(estimated)
-    random.Random(seed).shuffle(shuffled)
-    assert cut_shards(shuffled, shard_audio_hours=hours) == shards
-
-
-@given(estimated=estimates(), hours=st.floats(0.001, 10))
-def test_shards_are_within_the_limit_and_the_longest_comes_first(estimated: Estimated, hours: float) -> None:
-    seconds_of = {source.id: seconds for source, seconds in estimated}
-    shards = cut_shards(estimated, shard_audio_hours=hours)
-    longest = [max(seconds_of[source.id] for source in shard.sources) for shard in shards]
-    assert longest == sorted(longest, reverse=True)
-    for shard in shards:
-        assert len(shard.sources) == 1 or shard.estimated_seconds <= hours * 3600 * (1 + 1e-9)
-        assert shard.estimated_seconds == pytest.approx(sum(seconds_of[source.id] for source in shard.sources))
-
-
-@given(estimated=estimates(), more=st.floats(0.001, 10))
-def test_the_id_of_a_shard_follows_from_its_inputs_alone(estimated: Estimated, more: float) -> None:
-    one = cut_shards(estimated, shard_audio_hours=1.0)
-    other = cut_shards([(source, seconds * more) for source, seconds in estimated], shard_audio_hours=more)
-    held = {shard.id: {source.id for source in shard.sources} for shard in (*one, *other)}
-    assert all(held[shard.id] == {source.id for source in shard.sources} for shard in (*one, *other))
-    assert all(len(id) == 16 for id in held)
-    assert len({frozenset(ids) for ids in held.values()}) == len(held)
-
-
-def test_a_shard_of_very_short_files_is_cut_by_number() -> None:
-    shards = cut_shards([(make_source(number), 0.0) for number in range(5000)], shard_audio_hours=1.0)
-    assert [len(shard.sources) for shard in sorted(shards, key=lambda shard: -len(shard.sources))] == [2048, 2048, 904]
-
-
-def test_no_limit_gives_one_shard() -> None:
-    estimated = [(make_source(number), 1e6) for number in range(3)]
-    assert len(cut_shards(estimated, shard_audio_hours=float("inf"))) == 1
+def inputs_of(shards: Iterable[ShardRef]) -> list[str]:
+    return [source.uri for source in sources_of(shards)]
 
 
 def test_a_plan_read_back_is_the_plan_that_was_made(tmp_path: Path) -> None:
@@ -151,7 +110,7 @@ def test_a_changed_input_is_planned_again_under_another_id(tmp_path: Path) -> No
     new = plan_folder(tmp_path)
     assert set(old.shards) < set(new.shards)
     assert new.num_inputs == 2
-    assert len({source.id for shard in new.shards for source in shard.sources}) == 2
+    assert len({source.id for source in sources_of(new.shards)}) == 2
 
 
 def test_two_planners_at_once_plan_no_input_twice(tmp_path: Path) -> None:
@@ -178,7 +137,9 @@ def test_a_storage_that_refuses_every_manifest_ends_the_run(tmp_path: Path) -> N
     put_wav(tmp_path / "in/a.wav", seconds=0.1)
 
     class Refusing(Storage):
-        def check_writable(self, folder_uri: str) -> None: ...
+        def probe(self, folder_uri: str) -> Storage:
+            return self
+
         def create(self, uri: str, data: bytes) -> bool:
             return False
 
@@ -186,17 +147,10 @@ def test_a_storage_that_refuses_every_manifest_ends_the_run(tmp_path: Path) -> N
         make_plan(make_config(tmp_path), Storage(), Refusing())
 
 
-def test_a_plan_can_be_made_without_writing_it(tmp_path: Path) -> None:
-    put_wav(tmp_path / "in/a.wav", seconds=0.1)
-    plan = plan_folder(tmp_path, write=False)
-    assert not (tmp_path / "out").exists()
-    assert plan_folder(tmp_path).shards == plan.shards
-
-
 def test_a_missing_file_is_planned_with_no_audio(tmp_path: Path) -> None:
     config = RunConfig(input=InputConfig(uris=[f"{tmp_path}/gone.wav"]), output=OutputConfig(uri=f"{tmp_path}/out"))
     (shard,) = make_plan(config, Storage(), Storage()).shards
-    assert (shard.sources[0].size_bytes, shard.estimated_seconds) == (None, 0.0)
+    assert (sources_of([shard])[0].size_bytes, shard.estimated_seconds) == (None, 0.0)
 
 
 def test_file_names_that_are_not_utf8_survive_the_manifest(tmp_path: Path) -> None:
@@ -252,45 +206,129 @@ def test_what_is_committed_does_not_remain(tmp_path: Path) -> None:
     assert remaining(plan, committed(output, Storage())) == (plan.shards[0], plan.shards[2])
 
 
-def test_few_inputs_are_estimated_from_their_headers(tmp_path: Path) -> None:
-    put_wav(tmp_path / "a.wav", seconds=1.5)
-    put_wav(tmp_path / "b.wav", seconds=0.5)
-    sources = [Source(id=name, uri=f"{tmp_path}/{name}.wav", size_bytes=1) for name in "ab"]
-    assert [seconds for _, seconds in estimate_seconds(sources, Storage())] == [1.5, 0.5]
+# --- windows
 
 
-def test_an_input_that_does_not_tell_is_taken_as_the_others_of_its_kind(tmp_path: Path) -> None:
-    put_wav(tmp_path / "a.wav", seconds=2.0)
-    size_bytes = (tmp_path / "a.wav").stat().st_size
-    (tmp_path / "b.wav").write_bytes(b"\0" * 10)
-    told = Source(id="a", uri=f"{tmp_path}/a.wav", size_bytes=size_bytes)
-    like_it = Source(id="b", uri=f"{tmp_path}/b.wav", size_bytes=size_bytes * 3)
-    unlike = Source(id="c", uri=f"{tmp_path}/c.flac", size_bytes=160_000)
-    unsized = Source(id="d", uri=f"{tmp_path}/d.wav")
-    estimated = estimate_seconds([told, like_it, unlike, unsized], Storage())
-    assert [seconds for _, seconds in estimated] == pytest.approx([2.0, 6.0, 10.0, 0.0])
+@pytest.fixture
+def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans of a few inputs that are written as those of millions are."""
+    monkeypatch.setattr(pipeline.plan, "_WINDOW_INPUTS", 4)
+    monkeypatch.setattr(pipeline.plan, "_LISTED_INPUTS", 2)
 
 
-def test_of_many_inputs_a_fixed_sample_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[str] = []
-
-    def probe(storage: Storage, uri: str) -> float | None:
-        opened.append(uri)
-        return 10.0 if uri.endswith(".wav") else None
-
-    monkeypatch.setattr("pipeline.plan.probe_seconds", probe)
-    sources = [make_source(number) for number in range(600)]
-    sources += [make_source(number, suffix=".mp3", size_bytes=32_000) for number in range(600, 700)]
-    estimated = estimate_seconds(sources, Storage())
-    assert len(opened) == 128
-    assert {seconds for source, seconds in estimated if source.uri.endswith(".wav")} == {10.0}
-    assert {seconds for source, seconds in estimated if source.uri.endswith(".mp3")} == {2.0}
-    sample, opened[:] = set(opened), []
-    assert estimate_seconds(sources[::-1], Storage()) == estimated[::-1]
-    assert set(opened) == sample
+def put_manifest(folder: Path, numbers: Iterable[int]) -> None:
+    folder.mkdir(exist_ok=True)
+    lines = (
+        {"audio_filepath": f"{number % 7}.wav", "offset": number, "duration": 1 + number % 5} for number in numbers
+    )
+    put_lines(folder / "in.jsonl", *lines)
 
 
-@pytest.mark.parametrize("nonsense", [float("nan"), float("inf"), -1.0])
-def test_a_header_that_lies_does_not_spoil_the_plan(monkeypatch: pytest.MonkeyPatch, nonsense: float) -> None:
-    monkeypatch.setattr("pipeline.plan.probe_seconds", lambda storage, uri: nonsense)
-    assert estimate_seconds([make_source(1, size_bytes=32_000)], Storage())[0][1] == 2.0
+def plan_manifest(folder: Path, storage: Storage | None = None, *, hours: float = 3 / 3600) -> Plan:
+    config = RunConfig(
+        input=InputConfig(uris=[f"{folder}/in.jsonl"], shard_audio_hours=hours),
+        output=OutputConfig(uri=f"{folder}/out"),
+    )
+    return make_plan(config, Storage(), storage or Storage())
+
+
+def starts_of(plan: Plan) -> list[float]:
+    places = [source.place for source in sources_of(plan.shards)]
+    return sorted(place.start_seconds for place in places if isinstance(place, Segment))
+
+
+@pytest.mark.usefixtures("small_windows")
+@given(
+    rounds=st.lists(st.lists(st.integers(0, 60), max_size=25), min_size=1, max_size=3),
+    hours=st.floats(1 / 3600, 1),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_the_windows_every_input_is_planned_once(rounds: list[list[int]], hours: float) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder, numbers, old = Path(name), set[int](), Plan(shards=())
+        for more in rounds:
+            numbers |= {0, *more}
+            put_manifest(folder, [*more, 0, *more])  # lines that are there twice, and old ones that are gone
+            plan = plan_manifest(folder, hours=hours)
+            assert starts_of(plan) == sorted(numbers)
+            assert plan.num_inputs == len(numbers)
+            assert plan.estimated_seconds == sum(1 + number % 5 for number in numbers)
+            assert set(old.shards) <= set(plan.shards)
+            assert [shard.longest_seconds for shard in plan.shards] == sorted(
+                (shard.longest_seconds for shard in plan.shards), reverse=True
+            )
+            assert read_plan(f"{folder}/out", Storage()).shards == plan.shards
+            old = plan
+        sizes = [pq.read_metadata(io.BytesIO(data)).num_rows for data in manifests_of(folder).values()]
+        assert all(0 < size <= 4 + 1 for size in sizes)  # a window is looked at in pieces of two
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_a_planner_that_dies_is_followed_by_one_that_goes_on(tmp_path: Path) -> None:
+    class Dying(Storage):
+        def create(self, uri: str, data: bytes) -> bool:
+            if uri.endswith("plan-00002.parquet"):
+                raise KeyboardInterrupt
+            return super().create(uri, data)
+
+    put_manifest(tmp_path, range(20))
+    with pytest.raises(KeyboardInterrupt):
+        plan_manifest(tmp_path, Dying())
+    interrupted = read_plan(f"{tmp_path}/out", Storage())
+    assert interrupted.num_inputs == 8
+    plan = plan_manifest(tmp_path)
+    assert starts_of(plan) == list(range(20))
+    assert set(interrupted.shards) < set(plan.shards)
+
+
+@pytest.mark.usefixtures("small_windows")
+@pytest.mark.parametrize("before_window", range(5))
+def test_two_planners_at_once_share_the_windows(tmp_path: Path, before_window: int) -> None:
+    """The other one, who has seen another half, writes all of its windows just before one of ours."""
+
+    class Overtaken(Storage):
+        def create(self, uri: str, data: bytes) -> bool:
+            if uri.endswith(f"plan-{before_window:05d}.parquet") and not os.path.exists(uri):
+                put_manifest(tmp_path, range(10, 30))
+                plan_manifest(tmp_path)
+            return super().create(uri, data)
+
+    put_manifest(tmp_path, range(20))
+    plan = plan_manifest(tmp_path, Overtaken())
+    assert starts_of(plan) == list(range(30))
+    assert read_plan(f"{tmp_path}/out", Storage()).shards == plan.shards
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_two_planners_in_two_threads_plan_no_input_twice(tmp_path: Path) -> None:
+    put_manifest(tmp_path, range(60))
+    (tmp_path / "out").mkdir()
+    with ThreadPoolExecutor(4) as threads:
+        plans = list(threads.map(lambda _: plan_manifest(tmp_path), range(4)))
+    assert starts_of(read_plan(f"{tmp_path}/out", Storage())) == list(range(60))
+    assert all(starts_of(plan) == list(range(60)) for plan in plans)
+
+
+def test_a_plan_that_was_begun_by_the_first_release_goes_on(tmp_path: Path) -> None:
+    """Its manifest lacks the columns of places; its shards and ids are those we would make of the same files."""
+    for number in range(4):
+        put_wav(tmp_path / f"in/{number}.wav", seconds=0.2)
+    plan = plan_folder(tmp_path, hours=0.5 / 3600)
+    manifest = tmp_path / "out/_kikitori/manifest/plan-00000.parquet"
+    first = ["id", "uri", "size_bytes", "version", "estimated_seconds", "shard_id", "position"]
+    pq.write_table(pq.read_table(manifest, columns=first), manifest)
+    assert plan_folder(tmp_path) == plan
+    assert inputs_of(plan.shards) == [f"{tmp_path}/in/{number}.wav" for number in range(4)]
+    assert list(manifests_of(tmp_path)) == ["plan-00000.parquet"]
+
+
+def test_what_is_inside_of_containers_is_planned_and_read_back(tmp_path: Path) -> None:
+    put_wav(tmp_path / "in/a.wav", seconds=0.1)
+    put_tar(tmp_path / "in/b.tar", {"caf\udce9.wav": b"x", "2.wav": b"yy"})
+    put_parquet(tmp_path / "in/c.parquet", audio_table([(b"x", None)] * 3))
+    (tmp_path / "in/d.tar").write_bytes(b"no tar")
+    plan = plan_folder(tmp_path)
+    expected = [one.source for one in discover([f"{tmp_path}/in"], Storage()).found]
+    assert len(expected) == plan.num_inputs == 7
+    assert sources_of(plan.shards) == expected
+    assert sources_of(read_plan(f"{tmp_path}/out", Storage()).shards) == expected

@@ -2,11 +2,17 @@ from collections.abc import Callable
 
 import pytest
 from aiohttp import ClientPayloadError
-from botocore.exceptions import ClientError, ConnectTimeoutError, EndpointConnectionError, NoCredentialsError
+from botocore.exceptions import (
+    ClientError,
+    ConnectTimeoutError,
+    EndpointConnectionError,
+    NoCredentialsError,
+    ProfileNotFound,
+)
 from s3fs.errors import translate_boto_error
 
 from pipeline import retries
-from pipeline.retries import as_os_error, with_retries
+from pipeline.retries import DamagedInTransit, NotImplementedByStore, as_os_error, shown, with_retries
 
 
 def answered(status: int, code: str) -> ClientError:
@@ -22,6 +28,9 @@ TRANSIENT = [
     answered(429, "TooManyRequests"),
     answered(409, "ConditionalRequestConflict"),
     answered(400, "RequestTimeout"),
+    answered(400, "RequestLimitExceeded"),
+    answered(520, "Unknown"),
+    DamagedInTransit("other bytes"),
     ConnectTimeoutError(endpoint_url="http://x"),
     EndpointConnectionError(endpoint_url="http://x"),
     ClientPayloadError("half an answer"),
@@ -32,6 +41,10 @@ FINAL = [
     answered(403, "AccessDenied"),
     answered(404, "NoSuchKey"),
     answered(412, "PreconditionFailed"),
+    answered(400, "ExpiredToken"),
+    answered(403, "RequestTimeTooSkewed"),
+    answered(501, "NotImplemented"),
+    answered(507, "InsufficientStorage"),
     NoCredentialsError(),
     FileNotFoundError("gone"),
     FileExistsError("there"),
@@ -63,12 +76,25 @@ def raw_and_translated(error: Exception) -> list[Exception]:
 
 
 @pytest.mark.parametrize("error", TRANSIENT, ids=repr)
-def test_what_may_pass_is_tried_six_times(error: Exception, pauses_seconds: list[float]) -> None:
+def test_what_may_pass_is_tried_seven_times(error: Exception, pauses_seconds: list[float]) -> None:
     for shape in raw_and_translated(error):
-        assert with_retries(failing(*[shape] * 5)) == "done"
+        assert with_retries(failing(*[shape] * 6)) == "done"
         with pytest.raises(type(shape)):
-            with_retries(failing(*[shape] * 6))
-    assert 3 < sum(pauses_seconds[:5]) < 12
+            with_retries(failing(*[shape] * 7))
+    assert 7 < sum(pauses_seconds[:6]) < 24
+
+
+def test_no_attempt_begins_after_two_minutes(pauses_seconds: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    now_seconds = [0.0]
+    monkeypatch.setattr(retries.time, "monotonic", lambda: now_seconds[0])
+
+    def action() -> None:
+        now_seconds[0] += 50
+        raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        with_retries(action)
+    assert now_seconds[0] == 150  # the third one began at 100
 
 
 @pytest.mark.parametrize("error", FINAL, ids=repr)
@@ -81,9 +107,9 @@ def test_what_cannot_pass_is_tried_once(error: Exception, pauses_seconds: list[f
 
 def test_waits_grow_and_differ(pauses_seconds: list[float]) -> None:
     for _ in range(2):
-        with_retries(failing(*[TimeoutError()] * 5))
-    assert pauses_seconds[4] > pauses_seconds[0]
-    assert pauses_seconds[:5] != pauses_seconds[5:]
+        with_retries(failing(*[TimeoutError()] * 6))
+    assert pauses_seconds[5] > pauses_seconds[0]
+    assert pauses_seconds[:6] != pauses_seconds[6:]
 
 
 @pytest.mark.parametrize(
@@ -93,6 +119,8 @@ def test_waits_grow_and_differ(pauses_seconds: list[float]) -> None:
         (answered(404, "NoSuchBucket"), FileNotFoundError),
         (answered(403, "AccessDenied"), PermissionError),
         (answered(412, "PreconditionFailed"), FileExistsError),
+        (answered(403, "ExpiredToken"), PermissionError),
+        (answered(501, "NotImplemented"), NotImplementedByStore),
         (answered(503, "SlowDown"), OSError),
     ],
     ids=repr,
@@ -113,4 +141,50 @@ def test_no_option_that_may_be_secret_is_shown() -> None:
     }
     error = PermissionError("sesame at http://ali:baba@cave:80 in the east, forty thieves")
     found = str(as_os_error(error, "s3://b/k", options=options))
-    assert found == "s3://b/k: *** at http://***@cave:80 in the east, *** thieves"
+    assert found.startswith("s3://b/k: *** at http://***@cave:80 in the east, *** thieves; ")
+
+
+def test_no_secret_of_the_environment_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "open/sesame")
+    found = str(as_os_error(OSError("key=open%2Fsesame is open/sesame"), "s3://b/k", options={}))
+    assert found.startswith("s3://b/k: key=*** is ***; ")
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("s3://bucket/a@b?c=d", "s3://bucket/a@b?c=d"),
+        ("https://ali:baba@cave/x", "https://***@cave/x"),
+        ("https://ali:b@ba@cave/x@y", "https://***@cave/x@y"),
+        ("https://h/x?X-Amz-Signature=1&part=2&X-Amz-Security-Token=3", "https://h/x?X-Amz-Signature=***&part=2&X-Amz-Security-Token=***"),
+        ("https://h/x?sv=2020&sig=abc%3D#t", "https://h/x?sv=2020&sig=***#t"),
+        ("/local/a.wav", "/local/a.wav"),
+    ],
+)  # fmt: skip
+def test_a_uri_is_shown_without_what_opens_the_door(uri: str, expected: str) -> None:
+    assert shown(uri) == expected
+    assert str(as_os_error(OSError(f"no answer from {uri}"), uri, options={})).startswith(
+        f"{expected}: no answer from {expected}; "
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (answered(403, "AccessDenied"), "give these credentials the right to it, or use others"),
+        (answered(404, "NoSuchKey"), "check its spelling"),
+        (answered(404, "NoSuchBucket"), "create the bucket first, or correct its name"),
+        (answered(400, "ExpiredToken"), "get new credentials and run again"),
+        (answered(403, "SignatureDoesNotMatch"), "correct the credentials"),
+        (answered(301, "PermanentRedirect"), "region_name"),
+        (answered(503, "SlowDown"), "overloaded or failing; run again later"),
+        (NoCredentialsError(), "set AWS_ACCESS_KEY_ID"),
+        (ProfileNotFound(profile="x"), "AWS_PROFILE"),
+        (EndpointConnectionError(endpoint_url="http://x"), "check the address (endpoint_url), the network"),
+        (TimeoutError(), "no answer in time; tried again in vain"),
+    ],
+    ids=repr,
+)
+def test_every_error_says_what_to_do(error: Exception, advice: str) -> None:
+    for shape in raw_and_translated(error):
+        assert advice in str(as_os_error(shape, "s3://b/k", options={}))

@@ -1,6 +1,7 @@
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from pipeline.storage import Storage
 from pipeline.write import (
     Provenance,
     WriteStage,
+    archive_uri,
     check_columns,
     part_uri,
+    read_error_ids,
     read_summary,
     row_to_json,
     schema,
@@ -66,8 +69,11 @@ def make_failure(source: Source, *, code: str = "TRUNCATED", message: str = "hal
     )
 
 
-def make_stage(output: Path, *, columns: tuple[str, ...] = ()) -> WriteStage:
-    return WriteStage(Storage(), str(output), PROVENANCE, columns=columns, clock=lambda: NOW)
+def make_stage(
+    output: Path, *, columns: tuple[str, ...] = (), fingerprint: str = "0123456789abcdef", run_id: str = "r1"
+) -> WriteStage:
+    provenance = replace(PROVENANCE, config_fingerprint=fingerprint, run_id=run_id)
+    return WriteStage(Storage(), str(output), provenance, columns=columns, clock=lambda: NOW)
 
 
 def read_part(output: Path, shard: Shard) -> list[dict[str, object]]:
@@ -146,6 +152,97 @@ def test_a_second_commit_of_a_shard_changes_nothing(tmp_path: Path) -> None:
     assert (first.created, second.created) == (True, False)
     assert part.read_bytes() == before
     assert (second.num_ok, dict(second.errors)) == (2, {})  # what is committed, not what lost
+
+
+def test_other_settings_replace_the_part_and_keep_the_old_one(tmp_path: Path) -> None:
+    shard = make_shard(2)
+    part = Path(part_uri(str(tmp_path), shard.id))
+    make_stage(tmp_path, fingerprint="old").commit(shard, [make_failure(source) for source in shard.sources])
+    before = part.read_bytes()
+    new = make_stage(tmp_path, fingerprint="new")
+    summary = new.commit(shard, [make_transcript(source) for source in shard.sources])
+    assert (summary.created, summary.num_ok, summary.config_fingerprint) == (True, 2, "new")
+    assert {row["config_fingerprint"] for row in read_part(tmp_path, shard)} == {"new"}
+    assert Path(archive_uri(str(tmp_path), shard.id, "old")).read_bytes() == before
+    assert [path.name for path in part.parent.iterdir()] == [part.name]
+    assert not new.commit(shard, [make_failure(source) for source in shard.sources]).created
+
+
+def test_other_columns_are_another_version_too(tmp_path: Path) -> None:
+    shard = make_shard(1)
+    messages = [make_transcript(shard.sources[0])]
+    make_stage(tmp_path).commit(shard, messages)
+    assert make_stage(tmp_path, columns=("tokens",)).commit(shard, messages).columns == ("tokens",)
+    assert read_part(tmp_path, shard)[0]["tokens"] == [3, 0, 17, 2]
+    assert Path(archive_uri(str(tmp_path), shard.id, PROVENANCE.config_fingerprint)).exists()
+
+
+@given(
+    before=st.lists(st.sampled_from(["", "TRUNCATED", "NOT_FOUND"]), min_size=1, max_size=6),
+    outcomes=st.lists(st.booleans(), min_size=6, max_size=6),
+    columns=st.sampled_from([(), ("tokens", "codes")]),
+)
+def test_retried_rows_take_the_place_of_errors_and_all_others_stay_to_the_bit(
+    tmp_path_factory: pytest.TempPathFactory, before: list[str], outcomes: list[bool], columns: tuple[str, ...]
+) -> None:
+    folder = tmp_path_factory.mktemp("out")
+    shard = make_shard(len(before))
+    uri = part_uri(str(folder), shard.id)
+    make_stage(folder, columns=columns).commit(
+        shard,
+        [
+            make_failure(source, code=code) if code else make_transcript(source, seconds=math.nan, text="")
+            for source, code in zip(shard.sources, before, strict=True)
+        ],
+    )
+    old = pq.read_table(uri)
+    ids = read_error_ids(Storage(), uri, {"NOT_FOUND"})
+    assert ids == {source.id for source, code in zip(shard.sources, before, strict=True) if code == "NOT_FOUND"}
+    again = [source for source in shard.sources if source.id in ids]
+    messages = [make_transcript(s) if good else make_failure(s) for s, good in zip(again, outcomes, strict=False)]
+    summary = make_stage(folder, columns=columns, run_id="r2").amend(shard, reversed(messages))
+    new = pq.read_table(uri)
+    assert pq.read_schema(uri).equals(schema(columns))
+    assert new["id"].to_pylist() == [source.id for source in shard.sources]
+    for place, source in enumerate(shard.sources):
+        if source.id in ids:
+            assert new["run_id"][place].as_py() == "r2"
+        else:
+            assert new.slice(place, 1).equals(old.slice(place, 1))
+    counted = read_summary(Storage(), uri)
+    assert summary == replace(counted, created=True)
+    assert counted.num_ok == new["status"].to_pylist().count("ok")
+    assert sum(counted.errors.values()) == len(before) - counted.num_ok
+
+
+def test_a_row_that_another_run_has_brought_to_ok_meanwhile_stays(tmp_path: Path) -> None:
+    shard = make_shard(2)
+    make_stage(tmp_path).commit(shard, [make_failure(source) for source in shard.sources])
+    make_stage(tmp_path, run_id="theirs").amend(shard, [make_transcript(shard.sources[0])])
+    ours = [make_failure(shard.sources[0]), make_transcript(shard.sources[1])]
+    assert make_stage(tmp_path, run_id="ours").amend(shard, ours).num_ok == 2
+    assert [row["run_id"] for row in read_part(tmp_path, shard)] == ["theirs", "ours"]
+
+
+def test_a_part_with_other_settings_is_not_amended(tmp_path: Path) -> None:
+    shard = make_shard(1)
+    make_stage(tmp_path, fingerprint="other").commit(shard, [make_failure(shard.sources[0])])
+    with pytest.raises(SystemFailure, match="was replaced by a run with other settings"):
+        make_stage(tmp_path).amend(shard, [make_transcript(shard.sources[0])])
+    with pytest.raises(SystemFailure, match="missing"):
+        make_stage(tmp_path, fingerprint="other").amend(make_shard(2), [make_transcript(make_source(0))])
+
+
+def test_parts_of_the_first_releases_count_by_their_rows(tmp_path: Path) -> None:
+    shard = make_shard(1)
+    make_stage(tmp_path).commit(shard, [make_transcript(shard.sources[0])])
+    uri = part_uri(str(tmp_path), shard.id)
+    table, counts = pq.read_table(uri), json.loads(pq.read_metadata(uri).metadata[b"kikitori"])
+    del counts["config_fingerprint"]
+    with pq.ParquetWriter(uri, table.schema) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({"kikitori": json.dumps(counts)})
+    assert read_summary(Storage(), uri).config_fingerprint == PROVENANCE.config_fingerprint
 
 
 @pytest.mark.parametrize(
