@@ -6,6 +6,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import ray
@@ -18,7 +19,7 @@ from pipeline.errors import ModelFailure, SystemFailure
 from pipeline.failpoints import failpoint
 from pipeline.messages import Failure, Shard, Source
 from pipeline.storage import Storage
-from pipeline.versions import Version, check_in_force
+from pipeline.versions import Version, check_in_force, check_not_newer
 from pipeline.write import PartSummary, WriteStage, part_uri, read_error_ids, read_summary
 
 _ENCODE_OBJECTS = 16  # x 60 s of codes, 0.8 kB per second of audio
@@ -114,8 +115,11 @@ class DecoderActor:
             return work.there
         failpoint("commit.before-check")
         check_in_force(self._version, self._output_uri, self._storage)
-        write = self._write.commit if work.there is None else self._write.amend
-        return write(work.shard, work.results)
+        if work.there is not None:
+            return self._write.amend(work.shard, work.results)
+        # Looked at again where there is a part: a process that stood still since then must not replace a newer one.
+        newer = partial(check_not_newer, version=self._version, output_uri=self._output_uri, storage=self._storage)
+        return self._write.commit(work.shard, work.results, check_replaceable=newer)
 
     async def _transcribe(self, work: "OpenShard", sources: Sequence[Source]) -> None:
         if not sources:

@@ -57,6 +57,10 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone; nothing to add
         code = _EXIT_ERRORS
+    except OSError as error:  # a disk or a store; its message says what to do
+        logging.getLogger(__name__).debug("traceback", exc_info=True)
+        _complain(str(error))
+        code = _EXIT_SYSTEM
     except Exception as error:
         logging.getLogger(__name__).debug("traceback", exc_info=True)
         _complain(f"{type(error).__name__}: {error} (not an error we expected: -v shows where; please report it)")

@@ -112,10 +112,17 @@ def check_in_force(version: Version, output_uri: str, storage: Storage) -> None:
         Superseded: it was.
     """
     if storage.exists(_uri(output_uri, version.number + 1)):
-        raise Superseded(
-            f"another run has put newer settings in force in {output_uri} (--new-version), so this one stops; "
-            "what it has committed will be done again by the other"
-        )
+        raise _superseded(output_uri)
+
+
+def check_not_newer(part: PartSummary, version: Version, output_uri: str, storage: Storage) -> None:
+    """Make sure that a part was not made with settings that came into force after `version`.
+
+    Raises:
+        Superseded: it was.
+    """
+    if any(later.made(part) for later in read_versions(output_uri, storage) if later.number > version.number):
+        raise _superseded(output_uri)
 
 
 def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -125,6 +132,13 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for key in sorted({*there, *now})
         if there.get(key) != now.get(key)
     ]
+
+
+def _superseded(output_uri: str) -> Superseded:
+    return Superseded(
+        f"another run has put newer settings in force in {output_uri} (--new-version), so this one stops; "
+        "what it has committed will be done again by the other"
+    )
 
 
 def _folder(output_uri: str) -> str:

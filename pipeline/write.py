@@ -209,11 +209,17 @@ class WriteStage:
         for message in inbox:
             yield to_row(message, self._provenance, columns=self._columns, transcribed_at=self._clock())
 
-    def commit(self, shard: Shard, messages: Iterable[Transcript | Failure]) -> PartSummary:
+    def commit(
+        self,
+        shard: Shard,
+        messages: Iterable[Transcript | Failure],
+        *,
+        check_replaceable: Callable[[PartSummary], None] = lambda _: None,
+    ) -> PartSummary:
         """Write the part of a shard, or leave it as it is if somebody wrote it before with the same settings.
 
-        A part with other settings is copied to the archive and replaced. The summary is of the part that is there
-        afterwards; `created` says whether it is this one.
+        A part with other settings is copied to the archive and replaced, unless `check_replaceable` raises. The summary
+        is of the part that is there afterwards; `created` says whether it is this one.
 
         Raises:
             SystemFailure: the messages are not exactly one per source of the shard; nothing is written.
@@ -229,6 +235,7 @@ class WriteStage:
         there = read_summary(self._storage, uri)
         if self.made(there):
             return there
+        check_replaceable(there)
         archived = archive_uri(self._output_uri, shard.id, there.config_fingerprint)
         failpoint("write.before-archive")
         self._storage.overwrite(archived, self._storage.read_bytes(uri))

@@ -412,4 +412,4 @@ def test_pandas_does_not_see_leftovers(with_leftovers: Path) -> None:
 @pytest.mark.parametrize("pattern", ["*.parquet", "**/*.parquet"])
 def test_duckdb_does_not_see_leftovers(with_leftovers: Path, pattern: str) -> None:
     found = pytest.importorskip("duckdb").sql(f"select count(*) from read_parquet('{with_leftovers}/{pattern}')")
-    assert found.fetchone() == (2,)
+    assert found.fetchall()[0] == (2,)
