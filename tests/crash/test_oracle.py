@@ -35,7 +35,7 @@ def output(tmp_path: Path) -> tuple[Place, Rows]:
     place = Place(tmp_path, str(tmp_path / "out"), {}, {})
     config: RunConfig = load_config(
         None,
-        [f"input.uris=[{tmp_path / 'in'}]", f"output.uri={place.output_uri}", "input.shard_audio_hours=0.0003"],
+        [f"input.uris=[{tmp_path / 'in'}]", f"output.uri={place.output_uri}", "input.shard_audio_hours=0.00031"],
     )
     provenance = Provenance(model_id="m", model_revision="r", config_fingerprint="f", version="0", run_id="x")
     stage = WriteStage(Storage(), place.output_uri, provenance, columns=["tokens"], clock=lambda: datetime.now(UTC))
