@@ -76,6 +76,7 @@ def test_codes_through_actors_are_the_plain_codes(
     settings = replace(settings, config=load_config(None, overrides))
     actor: Any = ray.remote(EncoderActor)
     encoder = actor.options(num_cpus=0, max_concurrency=8).remote(settings)
+    assert ray.get(encoder.ready.remote())
     messages: list[Codes | Failure] = []
     objects = encoder.encode.options(num_returns="streaming", _generator_backpressure_num_objects=1).remote(sources)
     for index, reference in enumerate(objects):
