@@ -19,6 +19,11 @@ settings.register_profile("kikitori", derandomize=True, database=None, deadline=
 settings.load_profile("kikitori")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What starts Ray comes first: the longest files must not be what one of several processes is left with."""
+    items.sort(key=lambda item: item.get_closest_marker("cluster") is None)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     """Tiny matrices are slower on many threads, and sums are grouped by the number of threads."""

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
+# `ray.init` would put "token" here, for good, and every Ray that another test begins in this process would ask for one.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 

@@ -69,11 +69,11 @@ def prepare(world: World) -> Expected:
     rows = by_id(read_rows(_undisturbed(world, "expected")))
     complete = _undisturbed(world, "complete", overrides=OTHER_SETTINGS)
     with_errors = world.place("with-errors", on_s3=False)
-    _must_end(world.begin(with_errors, verb="plan"))
+    _must_end(with_errors, world.begin(with_errors, verb="plan"))
     hidden = sorted(world.inputs.glob("0*"))[:_NOT_FETCHED]
     for path in hidden:
         path.rename(world.folder / path.name)
-    _must_end(world.begin(with_errors))
+    _must_end(with_errors, world.begin(with_errors))
     for path in hidden:
         (world.folder / path.name).rename(path)
     return Expected(rows=rows, complete=Path(complete.output_uri), with_errors=Path(with_errors.output_uri))
@@ -91,7 +91,7 @@ def disturb(world: World, schedule: Schedule, expected: Expected, *, keep: bool 
     outcome = run.outcome
     outcome.seconds = round(time.monotonic() - begun, 2)
     if outcome.is_ok and not keep:
-        shutil.rmtree(place.folder)
+        shutil.rmtree(place.folder, ignore_errors=True)  # somebody who was stopped may still be at it
     elif not outcome.is_ok:
         outcome.problems.append(f"the log is {place.folder / 'log'}")
     return outcome
@@ -262,14 +262,15 @@ class _Run:
 
 def _undisturbed(world: World, name: str, *, overrides: Mapping[str, Any] | None = None) -> Place:
     place = world.place(name, on_s3=False)
-    _must_end(world.begin(place, overrides=overrides))
+    _must_end(place, world.begin(place, overrides=overrides))
     return place
 
 
-def _must_end(process: Forked) -> None:
+def _must_end(place: Place, process: Forked) -> None:
     code = wait_for(process, seconds=_ATTEMPT_SECONDS)
     if code not in (0, 1):
-        raise RuntimeError(f"an undisturbed command ended with {code}")
+        log = (place.folder / "log").read_text()
+        raise RuntimeError(f"an undisturbed command ended with {code}; the end of its log:\n{log[-2000:]}")
 
 
 def _signal(pids: list[int], number: signal.Signals) -> None:

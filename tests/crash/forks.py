@@ -102,6 +102,10 @@ class Forked:
                 self.connection.close()
         return self._code
 
+    def close(self) -> None:
+        """Ask no more."""
+        self.connection.close()
+
 
 def write_client(path: Path, socket_path: Path) -> None:
     """Write the program that stands in for Python where Ray starts workers."""

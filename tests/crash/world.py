@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import yaml
 
@@ -27,6 +28,7 @@ _NODE_CPUS = 8  # lanes of two drivers, and of those that are dying
 NUM_INPUTS, NUM_BROKEN = 14, 2
 ACTORS = ("LoadActor", "EncoderActor", "DecoderActor")
 _ENVIRONMENT = {
+    "RAY_AUTH_MODE": "disabled",  # a Ray that this process had before would have put another mode into its environment
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "OMP_NUM_THREADS": "1",
@@ -111,9 +113,11 @@ class World:
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "KIKITORI_"))}
         environment = {**kept, **_ENVIRONMENT, **armed, "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps(job)}
         arguments = [verb, str(path), "--json", *options]
-        return fork_command(
+        process = fork_command(
             self._socket, arguments, environment=environment, folder=place.folder, log_path=place.folder / "log"
         )
+        self._running.callback(process.close)
+        return process
 
     def kill_node(self) -> None:
         """SIGKILL the raylet all lanes are on, and let another machine join."""
@@ -139,7 +143,8 @@ class World:
         return parent.pid
 
     def _begin_ray(self) -> tuple[Any, Any]:
-        os.environ.update({key: value for key, value in _ENVIRONMENT.items() if key.startswith("RAY_")})
+        ours = {key: value for key, value in _ENVIRONMENT.items() if key.startswith("RAY_")}
+        self._running.enter_context(patch.dict(os.environ, ours))
         from ray.cluster_utils import Cluster
 
         with _python(self.folder / "python"):
