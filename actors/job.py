@@ -5,7 +5,8 @@ import logging
 import secrets
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -33,6 +34,7 @@ from pipeline.write import check_columns
 
 logger = logging.getLogger(__name__)
 
+_STOPPED_BY = (signal.SIGINT, signal.SIGTERM)
 _MAX_FOOTERS_WHEN_STOPPED = 2_000  # 3 s on an object store; after a SIGTERM there are ten, once the lanes are drained
 
 
@@ -108,14 +110,16 @@ def run_job(config: RunConfig, console: Console, options: RunOptions | None = No
     # On a cluster the GPUs are elsewhere; what this machine lacks is for the lanes to say.
     stages = build_stages(_on(config, "cpu"), pinned)
     versions = read_versions(output_uri, output)
+    settings = _settings_before_lanes(stages, config, versions)
     if not options.new_version:
-        check_settings(_settings_before_lanes(stages, config, versions), versions, output_uri=output_uri)
+        check_settings(settings, versions, output_uri=output_uri)
     plan = make_plan(config, Storage(config.input.storage_options), output)
     work = work_of(plan, output_uri, output, versions=versions, retry_codes=options.retry_codes)
     job = _Job(config=config, options=options, output=output, plan=plan, run_id=_new_run_id())
     progress = Progress(num_inputs=work.num_inputs)
     stopped_by = None
-    if work.shards or options.new_version:
+    may_be_new = options.new_version and not (versions and versions[-1].settings == settings and _knows_dtype(config))
+    if work.shards or may_be_new:
         with connected(config):
             stopped_by = job.run(stages, versions, work, progress, console)
     return JobResult(
@@ -175,7 +179,8 @@ class _Job:
             progress=progress,
         )
         try:
-            return asyncio.run(_drive(driver, progress, work.estimated_seconds, console))
+            with _handlers_kept():
+                return asyncio.run(_drive(driver, progress, work.estimated_seconds, console))
         except SystemFailure as error:
             raise type(error)(f"{error}. {self._what_is_committed(work)}") from None
 
@@ -203,6 +208,17 @@ def _new_run_id() -> str:
     return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
 
 
+@contextmanager
+def _handlers_kept() -> Generator[None]:
+    """Put back what a signal does; a closed event loop leaves the default, by which SIGTERM ends a process at once."""
+    before = {number: signal.getsignal(number) for number in _STOPPED_BY}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 async def _drive(driver: Driver, progress: Progress, total_seconds: float, console: Console) -> int | None:
     """Run the driver under a progress line; -> the signal that stopped it, if any."""
     stopped_by: list[int] = []
@@ -212,7 +228,7 @@ async def _drive(driver: Driver, progress: Progress, total_seconds: float, conso
         driver.stop()
 
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):  # after ray.init, which installs its own
+    for number in _STOPPED_BY:  # after ray.init, which installs its own
         loop.add_signal_handler(number, stop, number)
     work = asyncio.create_task(driver.run())
     display = asyncio.create_task(show(progress, total_seconds=total_seconds, console=console, stop=work.done))
@@ -267,9 +283,14 @@ def _settings(stages: Stages) -> dict[str, Any]:
     return stages.settings() | {COLUMNS: sorted(stages.config.output.columns)}
 
 
+def _knows_dtype(config: RunConfig) -> bool:
+    """Whether it is known before the lanes' device is."""
+    return config.checkpoint.dtype != "auto" or config.checkpoint.device == "cpu"
+
+
 def _settings_before_lanes(stages: Stages, config: RunConfig, versions: Sequence[Version]) -> dict[str, Any]:
     """The settings as far as they are known before the lanes' device is."""
     settings = _settings(stages)
-    if versions and config.checkpoint.dtype == "auto" and config.checkpoint.device != "cpu":
+    if versions and not _knows_dtype(config):
         settings["checkpoint.dtype"] = versions[-1].settings.get("checkpoint.dtype")
     return settings

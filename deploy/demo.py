@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from actors.job import run_job
+from actors.job import RunOptions, run_job
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, KikitoriError
 from pipeline.metrics import format_hours
@@ -44,7 +44,8 @@ def main() -> int:
     overrides = [f'input.uris=["{_SPEECH / "digits"}", "{_SPEECH / "people"}"]']
     try:
         config = load_config(str(_CONFIG), overrides)
-        result = run_job(config, Console(stderr=True))
+        # A new version, should there be an output that an earlier kikitori made with other weights or settings.
+        result = run_job(config, Console(stderr=True), RunOptions(new_version=True))
     except KikitoriError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 3

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.storage import Storage
+from pipeline.versions import record_version
 from tests.make_audio import sine, wav
 from tests.processes import descendants
 from tests.speech import ROOT
+
+KIKITORI = (str(Path(sys.executable).with_name("kikitori")),)
 
 pytestmark = pytest.mark.cluster
 
@@ -38,11 +42,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
-    command = [str(Path(sys.executable).with_name("kikitori")), *arguments]
+def start(folder: Path, *arguments: str, command: Sequence[str] = KIKITORI) -> "subprocess.Popen[str]":
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen([*command, *arguments], cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
 def kikitori(folder: Path, *arguments: str) -> tuple[int, str, str]:
@@ -74,6 +77,19 @@ def test_run_then_run_again_then_status_then_transcribe(folder: Path) -> None:
     for row in rows:
         assert alone[row["id"]]["tokens"] == row["tokens"]
         assert alone[row["id"]]["error_code"] == row["error_code"]
+
+
+def test_the_demo_takes_over_what_an_earlier_one_has_left(tmp_path: Path) -> None:
+    before = {"checkpoint.source": "demo", "checkpoint.commit": "of an earlier version"}
+    record_version(before, [], output_uri=str(tmp_path / "demo-output"), storage=Storage())
+    parts: list[dict[str, int]] = []
+    for _ in range(2):
+        process = start(tmp_path, command=(sys.executable, "-m", "deploy.demo"))
+        out, err = process.communicate(timeout=180)
+        assert process.returncode == 0, err
+        assert "31 rows, 0 errors" in out
+        parts.append({path.name: path.stat().st_mtime_ns for path in (tmp_path / "demo-output" / "data").iterdir()})
+    assert parts[0] == parts[1], "nothing was left to do"
 
 
 @pytest.mark.parametrize("seconds", [0.3, 2.0, 7.0])
@@ -133,33 +149,6 @@ def test_of_two_first_runs_with_other_settings_one_stops_and_the_other_finishes(
     rows = rows_of(folder)
     assert len(rows) == 5
     assert len({row["config_fingerprint"] for row in rows}) == 1
-
-
-def test_a_new_version_that_was_killed_is_finished_by_running_again(folder: Path) -> None:
-    for clip in (ROOT / "digits").glob("test_unseen_*.wav"):
-        shutil.copy(clip, folder / "my audio")
-    settings = ("-s", "stages.generate.alignment=bos-replaces-first", "-s", "stages.generate.slots=1", *SMALL_SHARDS)
-    assert kikitori(folder, "run", "job.yaml", *SMALL_SHARDS)[0] == 1
-    before = rows_of(folder)
-    process = start(folder, "run", "job.yaml", "--new-version", *settings)
-    archive = folder / "out" / "_kikitori" / "archive"
-    wait_for(lambda: any(archive.glob("*/part-*")))
-    process.kill()
-    process.communicate(timeout=60)
-    halfway = rows_of(folder)
-    assert [row["id"] for row in halfway] == [row["id"] for row in before]
-
-    code, out, _ = kikitori(folder, "status", "job.yaml", "--json")
-    status = json.loads(out)
-    assert (code, status["complete"]) == (0, False)
-    assert status["outdated_shards"] == status["remaining_shards"] > 0
-    assert sum(version["parts"] for version in status["versions"]) == status["shards"]
-
-    assert kikitori(folder, "run", "job.yaml", *settings)[0] == 1
-    after = rows_of(folder)
-    assert [row["id"] for row in after] == [row["id"] for row in before]
-    assert {row["config_fingerprint"] for row in after} == {status["versions"][1]["config_fingerprint"]}
-    assert len(list(archive.glob("*/part-*"))) == status["shards"]
 
 
 def test_after_sigterm_it_is_gone_within_30_seconds_and_what_is_committed_is_whole(folder: Path) -> None:
