@@ -1,7 +1,9 @@
 """Inputs -> shards -> manifests on storage that are never rewritten; which shards remain.
 
-    OUTPUT/_kikitori/manifest/plan-00000.parquet   the first 100,000 inputs
-    OUTPUT/_kikitori/manifest/plan-00001.parquet   the next ones, or those that were new when the command was repeated
+    OUTPUT/_kikitori/manifest/plan-00000.manifest   the first 100,000 inputs
+    OUTPUT/_kikitori/manifest/plan-00001.manifest   the next ones, or those that were new when the command was repeated
+
+They are Parquet, by another name: who reads an output recursively must find its parts and nothing else.
 
 A plan is the union of its manifests. Inputs are taken as they are listed, window by window, and each window is cut into
 shards and written before the next is looked at: what the planner holds does not grow with the corpus, but for 16 bytes
@@ -33,7 +35,7 @@ from pipeline.write import part_uri
 _WINDOW_INPUTS = 100_000  # some 120 MB while it is cut, and 300 shards of an hour: enough to sort by length
 _LISTED_INPUTS = 10_000  # looked up at a time
 _MAX_PLANNERS = 8  # losing to this many others in a row means that the storage is lying about what exists
-_MANIFEST_NAME = re.compile(r"plan-(\d{5,})\.parquet")
+_MANIFEST_NAME = re.compile(r"plan-(\d{5,})\.manifest")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +150,7 @@ class _Ledger:
             ((one.source, seconds[one.source.id]) for one in window), shard_audio_hours=shard_audio_hours
         )
         data = to_parquet(shards, seconds=seconds, versions={one.source.id: one.version for one in window})
-        uri = join(_manifest_folder(self._output_uri), f"plan-{number:05d}.parquet")
+        uri = join(_manifest_folder(self._output_uri), f"plan-{number:05d}.manifest")
         failpoint("plan.before-manifest")
         if not self._storage.create(uri, data):
             return False

@@ -94,7 +94,7 @@ def part_uri(output_uri: str, shard_id: str) -> str:
 
 def archive_uri(output_uri: str, shard_id: str, config_fingerprint: str) -> str:
     """Where the part of a shard is kept once one with other settings has taken its place."""
-    return join(output_uri, "_kikitori", "archive", config_fingerprint, f"part-{shard_id}.parquet")
+    return join(output_uri, "_kikitori", "archive", config_fingerprint, f"part-{shard_id}.replaced")
 
 
 def check_columns(columns: Collection[str]) -> None:

@@ -1,13 +1,18 @@
 import dataclasses
 import json
 import shutil
+import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import datasets
+import duckdb
+import pandas
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
@@ -136,8 +141,10 @@ def with_marks(test: Callable[..., None]) -> Callable[..., None]:
 @with_marks
 def test_a_finished_output_says_with_what_it_was_made(tmp_path: Path) -> None:
     config = configured(tmp_path)
+    before = signal.signal(signal.SIGTERM, handler := lambda number, frame: None)
     result = run_job(config, QUIET)
     assert result.exit_code == 0
+    assert signal.signal(signal.SIGTERM, before) is handler, "a SIGTERM that comes late does what it did before"
     record = json.loads((tmp_path / "out/_kikitori/settings/settings-00000.json").read_text())
     assert record["settings"]["checkpoint.source"] == "demo"
     assert load_config(str(tmp_path / "out/_kikitori/config.yaml")) == config
@@ -157,17 +164,15 @@ def parts_of(tmp_path: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (tmp_path / "out" / "data").iterdir()}
 
 
-def readers(data: Path) -> Iterator[list[str]]:
-    """The ids that each reader finds in the folder."""
-    yield pq.read_table(data)["id"].to_pylist()
-    if find_spec("pandas"):
-        import pandas
-
-        yield list(pandas.read_parquet(data)["id"])
-    if find_spec("duckdb"):
-        import duckdb
-
-        yield [id for (id,) in duckdb.connect().sql(f"select id from read_parquet('{data}/*.parquet')").fetchall()]
+def readers(output: Path) -> Iterator[list[str]]:
+    """The ids that each reader finds, by the folder of the parts and by the whole output."""
+    for folder in (output / "data", output):
+        yield pq.read_table(folder)["id"].to_pylist()
+        yield list(pandas.read_parquet(folder)["id"])
+        yield [id for (id,) in duckdb.connect().sql(f"select id from read_parquet('{folder}/**/*.parquet')").fetchall()]
+        with tempfile.TemporaryDirectory() as cache:
+            dataset: Any = datasets.load_dataset(str(folder), cache_dir=cache, split="train")
+            yield list(dataset["id"])
 
 
 @with_marks
@@ -175,7 +180,7 @@ def test_new_settings_replace_every_part_under_the_eyes_of_its_readers(tmp_path:
     corpus(tmp_path)
     data = tmp_path / "out" / "data"
     first = run_job(configured(tmp_path, *SMALL_SHARDS), QUIET)
-    before, ids = parts_of(tmp_path), sorted(next(readers(data)))
+    before, ids = parts_of(tmp_path), sorted(next(readers(tmp_path / "out")))
     new = configured(tmp_path, *SMALL_SHARDS, "stages.generate.alignment=bos-replaces-first")
     with pytest.raises(ConfigError, match=r"(?s)stages\.generate\.alignment: 'all-frames' there.*--new-version"):
         run_job(new, QUIET)
@@ -184,7 +189,7 @@ def test_new_settings_replace_every_part_under_the_eyes_of_its_readers(tmp_path:
 
     def watch() -> None:
         while not stop.is_set():
-            seen.extend(map(sorted, readers(data)))
+            seen.extend(map(sorted, readers(tmp_path / "out")))
             time.sleep(0.02)
 
     watcher = threading.Thread(target=watch)
@@ -193,7 +198,8 @@ def test_new_settings_replace_every_part_under_the_eyes_of_its_readers(tmp_path:
     stop.set()
     watcher.join()
     (data / ".0123.tmp").unlink()
-    assert len(seen) > 3
+    assert len(seen) > 8, "each reader has looked while it went on"
+    seen.extend(map(sorted, readers(tmp_path / "out")))
     assert all(found == ids for found in seen)
     assert second.num_shards_done == first.num_shards_done == len(before) > 1
     assert second.status.is_complete
@@ -201,7 +207,7 @@ def test_new_settings_replace_every_part_under_the_eyes_of_its_readers(tmp_path:
     assert (old_version.num_parts, new_version.num_parts) == (0, len(before))
     assert set(pq.read_table(data)["config_fingerprint"].to_pylist()) == {new_version.config_fingerprint}
     archive = tmp_path / "out" / "_kikitori" / "archive" / old_version.config_fingerprint
-    assert {path.name: path.read_bytes() for path in archive.iterdir()} == before
+    assert {f"{path.stem}.parquet": path.read_bytes() for path in archive.iterdir()} == before
     assert parts_of(tmp_path).keys() == before.keys()
     assert run_job(new, QUIET).num_shards_done == 0
     with pytest.raises(ConfigError, match="'bos-replaces-first' there"):

@@ -108,7 +108,7 @@ def test_the_output_inside_an_input_folder_is_not_input(tmp_path: Path, listed: 
 
 @pytest.mark.parametrize("below", ["", "audio"])
 def test_audio_inside_the_output_folder_is_input_and_our_files_are_not(tmp_path: Path, below: str) -> None:
-    fill(tmp_path, "audio/a.wav", "data/part-0.parquet", "_kikitori/x.json", "_kikitori/manifest/plan-00000.parquet")
+    fill(tmp_path, "audio/a.wav", "data/part-0.parquet", "_kikitori/x.json", "_kikitori/manifest/plan-00000.manifest")
     discovery = discover([str(tmp_path / below)], Storage(), output_uri=str(tmp_path))
     assert names_of(discovery, below=tmp_path) == ["audio/a.wav"]
     assert dict(discovery.ignored) == {}

@@ -53,7 +53,7 @@ def put(path: Path, shards: list[Shard]) -> tuple[ShardRef, ...]:
 def test_every_shard_comes_back_alone_and_as_it_was(shards: list[Shard], min_group_rows: int) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline.manifests, "_MIN_GROUP_ROWS", min_group_rows)
-        path = Path(folder) / "plan-00000.parquet"
+        path = Path(folder) / "plan-00000.manifest"
         refs = put(path, shards)
         listing = read_listing(str(path), Storage(), with_ids=True)
         assert listing.shards == refs
@@ -84,7 +84,7 @@ def test_a_manifest_of_the_first_release_is_read(tmp_path: Path) -> None:
         "shard_id": ["a" * 16] * 2 + ["b" * 16] * 3,
         "position": [0, 1, 0, 1, 2],
     }
-    path = tmp_path / "plan-00000.parquet"
+    path = tmp_path / "plan-00000.manifest"
     pq.write_table(pa.table(rows, schema=pa.schema(pipeline.manifests._FIRST_FIELDS)), path)
     listing = read_listing(str(path), Storage(), with_ids=True)
     assert [(ref.id, ref.num_inputs, ref.estimated_seconds) for ref in listing.shards] == [

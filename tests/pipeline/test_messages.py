@@ -36,7 +36,12 @@ EXAMPLES: list[Any] = [
     ROW,
     SEGMENT,
     ShardRef(
-        id="s", num_inputs=1, estimated_seconds=1.5, longest_seconds=1.5, manifest_uri="plan-00000.parquet", first_row=0
+        id="s",
+        num_inputs=1,
+        estimated_seconds=1.5,
+        longest_seconds=1.5,
+        manifest_uri="plan-00000.manifest",
+        first_row=0,
     ),
     Shard(id="s", sources=(SOURCE,), estimated_seconds=1.5),
     FACTS,

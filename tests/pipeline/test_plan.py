@@ -76,7 +76,7 @@ def test_planning_again_changes_nothing(tmp_path: Path) -> None:
     before = manifests_of(tmp_path)
     assert plan_folder(tmp_path) == plan
     assert manifests_of(tmp_path) == before
-    assert list(before) == ["plan-00000.parquet"]
+    assert list(before) == ["plan-00000.manifest"]
 
 
 def test_added_inputs_are_appended_and_old_shards_stay(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_two_planners_at_once_plan_no_input_twice(tmp_path: Path) -> None:
         """Another planner, who has seen one file fewer, writes its manifest just before ours."""
 
         def create(self, uri: str, data: bytes) -> bool:
-            if uri.endswith("plan-00000.parquet") and not os.path.exists(uri):
+            if uri.endswith("plan-00000.manifest") and not os.path.exists(uri):
                 (tmp_path / "in/b.wav").rename(tmp_path / "b.wav")
                 plan_folder(tmp_path)
                 (tmp_path / "b.wav").rename(tmp_path / "in/b.wav")
@@ -129,7 +129,7 @@ def test_two_planners_at_once_plan_no_input_twice(tmp_path: Path) -> None:
     put_wav(tmp_path / "in/b.wav", seconds=0.1)
     plan = make_plan(make_config(tmp_path), Storage(), Overtaken())
     assert inputs_of(plan.shards) == [f"{tmp_path}/in/a.wav", f"{tmp_path}/in/b.wav"]
-    assert list(manifests_of(tmp_path)) == ["plan-00000.parquet", "plan-00001.parquet"]
+    assert list(manifests_of(tmp_path)) == ["plan-00000.manifest", "plan-00001.manifest"]
     assert read_plan(f"{tmp_path}/out", Storage()).shards == plan.shards
 
 
@@ -174,12 +174,12 @@ def test_a_plan_that_was_never_made_is_named_with_what_to_do(tmp_path: Path) -> 
 def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
     put_wav(tmp_path / "in/a.wav", seconds=0.1)
     plan_folder(tmp_path)
-    manifest = tmp_path / "out/_kikitori/manifest/plan-00000.parquet"
+    manifest = tmp_path / "out/_kikitori/manifest/plan-00000.manifest"
     manifest.write_bytes(manifest.read_bytes()[:-20])
-    with pytest.raises(SystemFailure, match=r"plan-00000\.parquet"):
+    with pytest.raises(SystemFailure, match=r"plan-00000\.manifest"):
         plan_folder(tmp_path)
     pq.write_table(pa.table({"id": ["a"]}), manifest)
-    with pytest.raises(SystemFailure, match=r"plan-00000\.parquet"):
+    with pytest.raises(SystemFailure, match=r"plan-00000\.manifest"):
         read_plan(f"{tmp_path}/out", Storage())
 
 
@@ -187,7 +187,7 @@ def test_a_manifest_that_plans_an_input_again_is_refused(tmp_path: Path) -> None
     put_wav(tmp_path / "in/a.wav", seconds=0.1)
     plan_folder(tmp_path)
     folder = tmp_path / "out/_kikitori/manifest"
-    (folder / "plan-00001.parquet").write_bytes((folder / "plan-00000.parquet").read_bytes())
+    (folder / "plan-00001.manifest").write_bytes((folder / "plan-00000.manifest").read_bytes())
     with pytest.raises(SystemFailure, match="planned twice"):
         read_plan(f"{tmp_path}/out", Storage())
 
@@ -267,7 +267,7 @@ def test_whatever_the_windows_every_input_is_planned_once(rounds: list[list[int]
 def test_a_planner_that_dies_is_followed_by_one_that_goes_on(tmp_path: Path) -> None:
     class Dying(Storage):
         def create(self, uri: str, data: bytes) -> bool:
-            if uri.endswith("plan-00002.parquet"):
+            if uri.endswith("plan-00002.manifest"):
                 raise KeyboardInterrupt
             return super().create(uri, data)
 
@@ -288,7 +288,7 @@ def test_two_planners_at_once_share_the_windows(tmp_path: Path, before_window: i
 
     class Overtaken(Storage):
         def create(self, uri: str, data: bytes) -> bool:
-            if uri.endswith(f"plan-{before_window:05d}.parquet") and not os.path.exists(uri):
+            if uri.endswith(f"plan-{before_window:05d}.manifest") and not os.path.exists(uri):
                 put_manifest(tmp_path, range(10, 30))
                 plan_manifest(tmp_path)
             return super().create(uri, data)
@@ -314,12 +314,12 @@ def test_a_plan_that_was_begun_by_the_first_release_goes_on(tmp_path: Path) -> N
     for number in range(4):
         put_wav(tmp_path / f"in/{number}.wav", seconds=0.2)
     plan = plan_folder(tmp_path, hours=0.5 / 3600)
-    manifest = tmp_path / "out/_kikitori/manifest/plan-00000.parquet"
+    manifest = tmp_path / "out/_kikitori/manifest/plan-00000.manifest"
     first = ["id", "uri", "size_bytes", "version", "estimated_seconds", "shard_id", "position"]
     pq.write_table(pq.read_table(manifest, columns=first), manifest)
     assert plan_folder(tmp_path) == plan
     assert inputs_of(plan.shards) == [f"{tmp_path}/in/{number}.wav" for number in range(4)]
-    assert list(manifests_of(tmp_path)) == ["plan-00000.parquet"]
+    assert list(manifests_of(tmp_path)) == ["plan-00000.manifest"]
 
 
 def test_what_is_inside_of_containers_is_planned_and_read_back(tmp_path: Path) -> None:
