@@ -277,7 +277,7 @@ def disturb(
     codes: list[int] = []
     process, begun = job.begin(), time.monotonic()
     for number, moment in enumerate(moments):
-        victim = "driver" if number % 2 else rng.choice(_WORKERS)
+        victim = "driver" if number % 2 else _WORKERS[number // 2 % len(_WORKERS)]
         later = rng.uniform(0.0, 1.0)
         while process.poll() is None and job.num_parts() < moment:
             time.sleep(_POLL_SECONDS)
