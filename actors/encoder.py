@@ -9,7 +9,7 @@ import torch
 from ray.exceptions import ActorUnavailableError, ObjectLostError, OutOfMemoryError, RayActorError
 
 from actors.lane import LaneSettings, open_stages, packed
-from actors.loader import Journey, LoadActor
+from actors.loader import Journey, LoadActor, Stalled
 from pipeline.encode import BatchEncodeStage, EncodeStage
 from pipeline.errors import SystemFailure
 from pipeline.failpoints import failpoint
@@ -22,6 +22,8 @@ LOADER_DEAD = (RayActorError, ActorUnavailableError, OutOfMemoryError, ObjectLos
 
 class EncoderActor:
     """Mimi on (a share of) one GPU, fed by its own loaders. Runs as a threaded actor: one thread per open shard."""
+
+    _loader_class = LoadActor
 
     def __init__(self, settings: LaneSettings) -> None:
         torch.set_num_threads(settings.num_threads)
@@ -53,7 +55,7 @@ class EncoderActor:
         Raises:
             SystemFailure: it died while starting.
         """
-        loader_class: Any = ray.remote(LoadActor)
+        loader_class: Any = ray.remote(self._loader_class)
         options: dict[str, Any] = {"num_cpus": self._settings.loader_cpus, "max_restarts": 0, "max_task_retries": 0}
         loader = loader_class.options(**options).remote(self._settings)
         try:
@@ -70,18 +72,33 @@ class EncoderActor:
             while journey.todo:
                 try:
                     yield from self._pull(loader, journey)
-                except LOADER_DEAD as error:
+                except (*LOADER_DEAD, Stalled) as error:
                     ray.kill(loader)
                     loader = self._new_loader()
                     yield from journey.blame(error)
         finally:
             self._idle.put(loader)
 
+    def _in_time(self, objects: Any, journey: Journey) -> Iterator[Any]:
+        """References to what a loader makes, as they come. Raises Stalled if none comes."""
+        while True:
+            seconds = journey.patience_seconds(self._settings.config.stages.load.stall_seconds)
+            if not ray.wait([objects], timeout=seconds)[0]:
+                raise Stalled(
+                    f"its decoder gave nothing for {seconds:.0f} s, twice, and was stopped; if it plays elsewhere, "
+                    "convert it or raise stages.load.stall_seconds"
+                )
+            try:
+                reference = next(objects)
+            except StopIteration:
+                return
+            yield reference
+
     def _pull(self, loader: Any, journey: "Journey") -> Iterator[Waveform | Failure]:
         options: dict[str, Any] = {"num_returns": "streaming", "_generator_backpressure_num_objects": _LOAD_OBJECTS}
         objects = loader.load.options(**options).remote(list(journey.todo.values()), journey.alone)
         try:
-            for reference in objects:
+            for reference in self._in_time(objects, journey):
                 for message in ray.get(reference):
                     yield from journey.arrived(message)
         except GeneratorExit:

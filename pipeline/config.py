@@ -51,6 +51,7 @@ class InputConfig(_Section):
 
     uris: list[Text] = []  # an empty one would be the folder that the command runs in
     shard_audio_hours: float = Field(default=1.0, gt=0)
+    max_audio_hours: float = Field(default=100.0, gt=0)  # of one input; a longer one gets the row TOO_LONG
     storage_options: StorageOptions = {}
 
 
@@ -67,6 +68,11 @@ class LoadConfig(_Section):
 
     cpus: float = Field(default=1, gt=0)  # of one load actor
     actors: Auto | PositiveInt = "auto"  # per lane; auto: what the lane's share of the machine allows
+    # What decoding may take beyond what its process has before it begins; an input that wants more gets an error row.
+    memory_gib: float = Field(default=4.0, gt=0)
+    # A loader that gives nothing for so long, and a second more per megabyte to fetch, is killed; an input over which
+    # that happens twice gets the row DECODE_TIMEOUT.
+    stall_seconds: float = Field(default=600.0, gt=0)
 
 
 class EncodeConfig(_Section):

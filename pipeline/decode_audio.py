@@ -83,8 +83,11 @@ class Span:
     end_seconds: float | None
 
 
-def decode(file: BinaryIO) -> Iterator[Pcm]:
+def decode(file: BinaryIO, *, longest_seconds: float = math.inf) -> Iterator[Pcm]:
     """Decode the first audio stream in blocks; memory does not grow with its length. The rate may change on the way.
+
+    A file whose header promises more than `longest_seconds` is refused at once. What it holds beyond its promise is for
+    the caller to count.
 
     Channels are averaged, all with the same weight. swr's own mono mix is not used: it adds 0.71 of left and right,
     3 dB too much for a voice in both, and drops the channel it takes for the subwoofer, which in a meeting recorded
@@ -97,8 +100,19 @@ def decode(file: BinaryIO) -> Iterator[Pcm]:
     tally = _Tally()
     with _opened(file) as (container, stream):
         promise = read_promise(file, container, stream)
+        if promise and promise.seconds > longest_seconds:
+            raise too_long(f"{promise.where} promises {promise.seconds / 3600:.1f} h", longest_seconds)
         yield from _blocks(_frames(container, stream, tally))
         _judge(tally, promise)
+
+
+def too_long(found: str, longest_seconds: float) -> InputError:
+    """What an input deserves that is longer than the configured limit."""
+    return InputError(
+        "TOO_LONG",
+        f"{found}, and input.max_audio_hours is {longest_seconds / 3600:g}; cut it, or raise the limit and run with "
+        "--retry-errors TOO_LONG",
+    )
 
 
 def decode_span(file: BinaryIO, span: Span) -> Iterator[Pcm]:

@@ -61,7 +61,8 @@ ERROR_CODES: dict[str, str] = {
     "UNSUPPORTED_FORMAT": "not audio, or a container or codec no decoder knows",
     "DECODE_FAILED": "recognised as audio, but its content is damaged",
     "TRUNCATED": "the container promises more audio than the file holds",
-    "TOO_LONG": "longer than the configured limit",
+    "TOO_LONG": "longer than input.max_audio_hours",
+    "DECODE_TIMEOUT": "its decoder gave nothing for so long that it was stopped",
     "MODEL_ERROR": "the model failed on this input",
     "WORKER_CRASHED": "the process working on this input died, repeatedly",
 }

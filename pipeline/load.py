@@ -4,6 +4,7 @@ Everything streams: of a three-hour file, one block of samples and one piece are
 """
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import soxr
 from numpy.typing import NDArray
 
 from pipeline.audio_bytes import AudioFiles
-from pipeline.decode_audio import Pcm, Span, decode, decode_span, estimate_seconds
+from pipeline.decode_audio import Pcm, Span, decode, decode_span, estimate_seconds, too_long
 from pipeline.errors import InputError
 from pipeline.failpoints import failpoint
 from pipeline.messages import AudioFacts, Failure, Segment, Source, Waveform
@@ -71,11 +72,15 @@ class LoadStage:
 
     Args:
         piece_seconds: the longest piece; bounds memory, changes no sample.
+        longest_seconds: of one input; what is longer is a Failure.
     """
 
-    def __init__(self, storage: Storage, padding: Padding, *, piece_seconds: float = 60.0) -> None:
+    def __init__(
+        self, storage: Storage, padding: Padding, *, piece_seconds: float = 60.0, longest_seconds: float = math.inf
+    ) -> None:
         self._storage = storage
         self._padding = padding
+        self._longest_seconds = longest_seconds
         frames_per_piece = int(piece_seconds * padding.sampling_rate_hz) // padding.samples_per_frame
         self._piece_samples = max(1, frames_per_piece) * padding.samples_per_frame
 
@@ -96,7 +101,7 @@ class LoadStage:
         try:
             with files.fetched(source) as (file, digest):
                 heard.content_sha256 = digest
-                for samples, is_last in self._pieces(_decoded(file, source), heard):
+                for samples, is_last in self._pieces(self._decoded(file, source), heard):
                     facts = heard.facts() if is_last else None
                     failpoint("load.mid-stream")
                     yield Waveform(source=source, samples=samples, is_last=is_last, facts=facts)
@@ -108,19 +113,30 @@ class LoadStage:
         except OSError as error:
             message = f"could not read {source.uri}: {error}; check permissions and network, then run again"
             yield _failure(source, "FETCH_FAILED", message, heard)
+        except MemoryError:
+            message = "decoding it wants more memory than stages.load.memory_gib allows; convert it, or raise the limit"
+            yield _failure(source, "DECODE_FAILED", message, heard)
         except Exception as error:
             logger.exception("load failed on %s", source.uri)
             message = f"{type(error).__name__} while decoding: {error}; if it plays elsewhere, please report it"
             yield _failure(source, "DECODE_FAILED", message, heard)
 
     def _pieces(self, blocks: Iterator[Pcm], heard: "_Heard") -> Iterator[tuple[Samples, bool]]:
-        heard_blocks = heard.listen(blocks, shortest_seconds=self._frame_seconds)
+        heard_blocks = heard.listen(blocks, shortest_seconds=self._frame_seconds, longest_seconds=self._longest_seconds)
         resampled = _resample(heard_blocks, to_hz=self._padding.sampling_rate_hz)
         return cut(
             self._padding.apply(resampled),
             piece_samples=self._piece_samples,
             samples_per_frame=self._padding.samples_per_frame,
         )
+
+    def _decoded(self, file: BinaryIO, source: Source) -> Iterator[Pcm]:
+        place = source.place
+        if not isinstance(place, Segment):
+            return decode(file, longest_seconds=self._longest_seconds)
+        length = place.duration_seconds
+        end_seconds = None if length is None else place.start_seconds + length
+        return decode_span(file, Span(start_seconds=place.start_seconds, end_seconds=end_seconds))
 
     @property
     def _frame_seconds(self) -> float:
@@ -145,15 +161,6 @@ def _probe(source: Source, files: AudioFiles) -> float | None:
     if seconds is not None and isinstance(source.place, Segment):
         return max(0.0, seconds - source.place.start_seconds)
     return seconds
-
-
-def _decoded(file: BinaryIO, source: Source) -> Iterator[Pcm]:
-    place = source.place
-    if not isinstance(place, Segment):
-        return decode(file)
-    length = place.duration_seconds
-    end_seconds = None if length is None else place.start_seconds + length
-    return decode_span(file, Span(start_seconds=place.start_seconds, end_seconds=end_seconds))
 
 
 def cut(blocks: Iterable[Samples], *, piece_samples: int, samples_per_frame: int) -> Iterator[tuple[Samples, bool]]:
@@ -187,16 +194,18 @@ class _Heard:
         self._rate_hz: int | None = None
         self._channels: int | None = None
 
-    def listen(self, blocks: Iterable[Pcm], *, shortest_seconds: float) -> Iterator[Pcm]:
+    def listen(self, blocks: Iterable[Pcm], *, shortest_seconds: float, longest_seconds: float) -> Iterator[Pcm]:
         """Pass the blocks on and remember their facts.
 
         Raises:
-            InputError: at the end, if all together were shorter than `shortest_seconds`.
+            InputError: they go on beyond `longest_seconds`; or, at the end, were shorter than `shortest_seconds`.
         """
         for block in blocks:
             self._rate_hz = self._rate_hz or block.rate_hz
             self._channels = self._channels or block.channels
             self._num_samples[block.rate_hz] += len(block.samples)
+            if (self._seconds or 0.0) > longest_seconds:
+                raise too_long(f"after {longest_seconds / 3600:g} h it still goes on", longest_seconds)
             yield block
         seconds = self._seconds
         if seconds is not None and seconds < shortest_seconds:

@@ -58,7 +58,8 @@ class Stages:
 
     def load(self) -> LoadStage:
         """Source -> Waveform."""
-        return LoadStage(Storage(self.config.input.storage_options), self.padding())
+        longest_seconds = self.config.input.max_audio_hours * 3600
+        return LoadStage(Storage(self.config.input.storage_options), self.padding(), longest_seconds=longest_seconds)
 
     def encode(self) -> EncodeStage | BatchEncodeStage:
         """Waveform -> Codes; reads the codec's weights."""

@@ -1,5 +1,7 @@
 """The encoder behind Ray gives what the plain stages give, also when its loader is killed on the way."""
 
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,10 +11,11 @@ import ray
 
 from actors.encoder import EncoderActor
 from actors.lane import LaneSettings, open_stages
+from actors.loader import LoadActor
 from pipeline.config import load_config
 from pipeline.fetch import fetch
 from pipeline.load import Padding
-from pipeline.messages import Codes, Failure, Source
+from pipeline.messages import Codes, Failure, Source, Waveform
 from tests.make_audio import sine, wav
 from tests.processes import kill_one
 
@@ -65,6 +68,37 @@ def joined(messages: list[Codes | Failure]) -> dict[str, Any]:
 def expected(settings: LaneSettings, sources: list[Source]) -> dict[str, Any]:
     stages = open_stages(settings)
     return joined(list(stages.encode().run(stages.load().run(sources))))
+
+
+class HangingLoader(LoadActor):
+    """One of its inputs sends it into a loop that does not end."""
+
+    def load(self, sources: Sequence[Source], alone: bool) -> Iterator[list[Waveform | Failure]]:
+        for source in sources:
+            while source.id == "s2":
+                time.sleep(0.1)
+            yield from super().load([source], alone)
+
+
+class PatientEncoder(EncoderActor):
+    _loader_class = HangingLoader
+
+
+def test_an_input_whose_decoder_hangs_gets_a_row_and_the_others_their_codes(
+    settings: LaneSettings, sources: list[Source], expected: dict[str, Any]
+) -> None:
+    overrides = ["checkpoint.source=demo", "checkpoint.device=cpu", "stages.load.stall_seconds=4"]
+    actor: Any = ray.remote(PatientEncoder)
+    hasty = replace(settings, config=load_config(None, overrides))
+    encoder = actor.options(num_cpus=0, max_concurrency=8).remote(hasty)
+    assert ray.get(encoder.ready.remote())
+    objects = encoder.encode.options(num_returns="streaming").remote(sources)
+    messages: list[Codes | Failure] = [message for reference in objects for message in ray.get(reference)]
+    ray.kill(encoder)
+    assert joined(messages) == {**expected, "s2": "DECODE_TIMEOUT"}
+    (told,) = [m.message for m in messages if isinstance(m, Failure) and m.code == "DECODE_TIMEOUT"]
+    assert "gave nothing for 4 s" in told
+    assert "stages.load.stall_seconds" in told
 
 
 @pytest.mark.parametrize("kill", [False, True])

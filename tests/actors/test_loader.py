@@ -1,8 +1,11 @@
+import subprocess
+import sys
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.lane import LaneSettings
-from actors.loader import Journey, LoadActor
+from actors.loader import Journey, LoadActor, Stalled
 from pipeline.config import load_config
 from pipeline.fetch import fetch
 from pipeline.load import Padding
@@ -46,6 +49,37 @@ def test_an_input_that_kills_its_loader_three_times_alone_gets_a_row_and_the_res
     assert [(f.source.id, f.code, f.stage) for f in failures] == [("id1", "WORKER_CRASHED", "load")]
     assert {message.source.id for message in arrived} == {source.id for source in SOURCES}
     assert rounds == 5  # one death in company, three alone, then the rest
+
+
+def test_an_input_over_which_loaders_stand_still_gets_a_row_after_the_second_time() -> None:
+    journey = Journey(SOURCES)
+    assert list(journey.blame(Stalled("nothing for 600 s"))) == []  # any of them may be the one
+    (failure,) = journey.blame(Stalled("nothing for 600 s"))
+    assert (failure.source, failure.code, failure.message) == (SOURCES[0], "DECODE_TIMEOUT", "nothing for 600 s")
+    assert SOURCES[0].id not in journey.todo
+    assert len(journey.todo) == len(SOURCES) - 1
+
+
+def test_a_large_file_may_take_longer_to_fetch() -> None:
+    large = Source(id="l", uri="s3://bucket/a.wav", size_bytes=16_000_000_000)
+    assert Journey(SOURCES).patience_seconds(600) == 600
+    assert Journey([*SOURCES, large]).patience_seconds(600) == 600 + 16_000
+
+
+def test_what_decoding_takes_is_limited_and_the_process_lives() -> None:
+    code = """
+import numpy as np
+from actors.loader import limit_memory
+before = np.ones(300 * 2**20, np.uint8)  # what it has already does not count
+limit_memory(0.5)
+within = np.ones(256 * 2**20, np.uint8)
+try:
+    np.ones(512 * 2**20, np.uint8)
+except MemoryError:
+    print("refused", len(before) + len(within))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.strip() == f"refused {556 * 2**20}", done.stderr
 
 
 def test_a_loader_keeps_every_input_in_its_own_objects_when_asked_to() -> None:

@@ -323,10 +323,10 @@ def test_an_accident_nobody_foresaw_ends_one_input_and_not_the_others(
         (tmp_path / name).write_bytes(wav(sine(0.5)))
     real = pipeline.load.decode
 
-    def decode_with_an_accident(file: BinaryIO) -> Iterator[Pcm]:
+    def decode_with_an_accident(file: BinaryIO, **options: float) -> Iterator[Pcm]:
         if getattr(file, "name", "").endswith("a.wav"):
             raise ZeroDivisionError("a codec's own")
-        return real(file)
+        return real(file, **options)
 
     monkeypatch.setattr(pipeline.load, "decode", decode_with_an_accident)
     sources = [Source(id=name, uri=str(tmp_path / name)) for name in ("a.wav", "b.wav")]
@@ -336,6 +336,18 @@ def test_an_accident_nobody_foresaw_ends_one_input_and_not_the_others(
     assert "ZeroDivisionError" in messages[0].message
     assert {message.source.id for message in messages[1:]} == {"b.wav"}
     assert isinstance(messages[-1], Waveform)
+
+
+def test_a_decoder_that_wants_too_much_memory_costs_its_input_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def greedy(file: BinaryIO, **options: float) -> Iterator[Pcm]:
+        raise MemoryError
+
+    monkeypatch.setattr(pipeline.load, "decode", greedy)
+    found = failure(load(wav(sine(1.0)), tmp_path))
+    assert found.code == "DECODE_FAILED"
+    assert "stages.load.memory_gib" in found.message
 
 
 # --- parts of files
@@ -407,3 +419,36 @@ def test_a_segment_that_the_recording_does_not_reach_is_truncated(tmp_path: Path
     found = failure(list(LoadStage(Storage(), PADDING).run(sources_in(tmp_path / "m.jsonl"))))
     assert found.code == "TRUNCATED"
     assert "the recording ends at 2.00 s" in found.message
+
+
+def loaded(data: bytes, folder: Path, *, longest_seconds: float) -> list[Waveform | Failure]:
+    (folder / "input.bin").write_bytes(data)
+    stage = LoadStage(Storage(), PADDING, piece_seconds=1.0, longest_seconds=longest_seconds)
+    return list(stage.run([Source(id="x", uri=str(folder / "input.bin"))]))
+
+
+def test_what_is_longer_than_allowed_is_refused_by_its_header(tmp_path: Path) -> None:
+    found = loaded(wav(sine(8.0)), tmp_path, longest_seconds=7.9)
+    assert [failure(found).code] == [message.code for message in found if isinstance(message, Failure)] == ["TOO_LONG"]
+    assert len(found) == 1, "before anything was decoded"
+    assert "promises 0.0 h, and input.max_audio_hours is 0.00219444" in failure(found).message
+    assert "--retry-errors TOO_LONG" in failure(found).message
+    assert joined(loaded(wav(sine(8.0)), tmp_path, longest_seconds=8.0)).any()
+
+
+def test_what_goes_on_beyond_the_limit_without_a_promise_is_stopped_there(tmp_path: Path) -> None:
+    endless = encoded(sine(30.0), container="adts", codec="aac")
+    found = loaded(endless, tmp_path, longest_seconds=10.0)
+    assert failure(found).code == "TOO_LONG"
+    assert "still goes on" in failure(found).message
+    assert sum(len(piece.samples) for piece in found[:-1] if isinstance(piece, Waveform)) < 20 * 24_000
+
+
+def test_of_a_long_recording_a_short_segment_is_not_too_long(tmp_path: Path) -> None:
+    path = tmp_path / "long.wav"
+    path.write_bytes(wav(sine(30.0)))
+    place = Segment(file_uri=str(path), start_seconds=22.0, duration_seconds=3.0)
+    stage = LoadStage(Storage(), PADDING, longest_seconds=4.0)
+    messages = list(stage.run([Source(id="x", uri=f"{path}#t=22,25", place=place)]))
+    assert isinstance(messages[-1], Waveform)
+    assert messages[-1].is_last
