@@ -29,9 +29,9 @@ class Decoder(nn.Module):
             context=config.context,
             rope_theta=config.rope_theta,
         )
-        self.text_embedding = nn.Embedding(config.text_card + 1, config.dim)
+        self.text_embedding = _embedding(config.text_card + 1, config.dim)
         # The K tables in one, so that a frame is one gather and one sum.
-        self.audio_embedding = nn.Embedding(config.num_codebooks * (config.audio_card + 1), config.dim)
+        self.audio_embedding = _embedding(config.num_codebooks * (config.audio_card + 1), config.dim)
         self.transformer = Transformer([self._block() for _ in range(config.num_layers)])
         self.norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.text_head = nn.Linear(config.dim, config.text_card, bias=False)
@@ -118,3 +118,8 @@ class Decoder(nn.Module):
         inputs[inputs == ignore_id] = self.config.text_card
         logits = self.clip_logits(inputs, codes_BKT)
         return F.cross_entropy(logits.flatten(0, 1), target_BN.flatten(), ignore_index=ignore_id)
+
+
+def _embedding(num_rows: int, dim: int) -> nn.Embedding:
+    """A table without values yet. Drawing random ones on the meta device makes torch import its compiler: 2 s."""
+    return nn.Embedding(num_rows, dim, _weight=torch.zeros(num_rows, dim))

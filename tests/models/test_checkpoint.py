@@ -1,6 +1,8 @@
 """Both formats load into the same model; every way in which a folder can be wrong is named."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -248,3 +250,16 @@ def test_the_files_to_ask_a_repository_for(original: Path, trfs: Path) -> None:
         assert not pattern.endswith((".bin", ".pt"))
     found = {entry.name for pattern in checkpoint_files(trfs_config()) for entry in trfs.glob(pattern)}
     assert found == {entry.name for entry in trfs.iterdir()}
+
+
+def test_nothing_of_torchs_compiler_is_loaded_with_the_weights(tiny_original: Path) -> None:
+    """It takes two seconds of a core, in every process that decodes."""
+    code = (
+        "import sys\n"
+        "from models.checkpoint import open_checkpoint\n"
+        f"checkpoint = open_checkpoint({str(tiny_original)!r})\n"
+        "checkpoint.load_decoder(), checkpoint.load_mimi()\n"
+        "print('torch._dynamo' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == "False\n", done.stderr
