@@ -84,6 +84,10 @@ def _signals_after() -> Generator[None]:
     before = {number: signal.signal(number, lambda n, _: held.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
+    except SystemExit as error:  # of the handler that Ray puts in our place half-way
+        if error.code not in before:
+            raise
+        held.append(int(error.code))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

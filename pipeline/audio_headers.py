@@ -30,8 +30,12 @@ _MAGIC = (
 )
 # Containers whose writer went back to fill in the true length. Not mpegts, aac, amr: theirs is ffmpeg's guess.
 _FINISHED = frozenset({"flac", "mov,mp4,m4a,3gp,3g2,mj2", "aiff", "au", "tta", "wv", "ape", "ogg"})
+_FINISHED_AS_A_WHOLE = frozenset({"matroska,webm", "flv"})  # they declare it for all streams together
 _STREAMING_BYTES = 0x7FFF_0000  # sox, ffmpeg and others write this or more where they could not know the size
-_MP3_INDEX = (b"Xing", b"Info", b"VBRI")  # without one, the length is guessed from the bit rate of the first frame
+# An MP3 says in its first frame how many it has, or nowhere. Where the number is, counted from each of these marks.
+_MP3_INDEX = {b"Xing": 8, b"Info": 8, b"VBRI": 14}
+_ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")  # the object that holds the length, and so on
+_MPEG1_RATES_HZ = (32_000, 44_100, 48_000)  # with 1152 samples per frame; the lower ones of MPEG 2 have 576
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,9 +62,19 @@ def read_promise(file: BinaryIO, container: InputContainer, stream: AudioStream)
     try:
         if name == "wav" and (stream.codec_context.name or "").startswith("pcm_"):
             seconds = _wav_seconds(file)  # ffmpeg quietly lowers its own to what the file holds
-        elif name in _FINISHED or (name == "mp3" and _has_mp3_index(file)):
+        elif name in _FINISHED:
             seconds = _stream_seconds(stream)
-        elif name == "matroska,webm" and len(container.streams) == 1:  # with a video, this is the longer of the two
+        elif name == "w64":
+            seconds = _w64_seconds(file)
+        elif name == "caf":
+            seconds = _caf_seconds(file)
+        elif name == "asf":  # ffmpeg's own is lowered to what the file holds
+            seconds = _asf_seconds(file)
+        elif name == "mp3":  # ffmpeg's own is a guess where more follows than the index knows of
+            seconds = _mp3_seconds(file, stream.codec_context.sample_rate)
+        elif (
+            name in _FINISHED_AS_A_WHOLE and len(container.streams) == 1
+        ):  # with a video, this is the longer of the two
             seconds = (container.duration or 0) / 1_000_000
         else:
             seconds = None
@@ -116,7 +130,55 @@ def _wav_seconds(file: BinaryIO) -> float | None:
     return None
 
 
-def _has_mp3_index(file: BinaryIO) -> bool:
+def _w64_seconds(file: BinaryIO) -> float | None:
+    """As `_wav_seconds`. 16 bytes name a chunk, 8 are its size with these 24, and it is padded to a multiple of 8."""
+    file.seek(40)
+    bytes_per_second = 0
+    while len(header := file.read(24)) == 24:
+        size_bytes = struct.unpack("<Q", header[16:])[0] - 24
+        start = file.tell()
+        if header.startswith(b"data"):
+            return size_bytes / bytes_per_second if bytes_per_second and 0 < size_bytes < 2**62 else None
+        if header.startswith(b"fmt ") and len(chunk := file.read(16)) == 16:
+            bytes_per_second = struct.unpack("<I", chunk[8:12])[0]
+        if not 0 <= size_bytes < 2**62:
+            return None
+        file.seek(start + (size_bytes + 7) // 8 * 8)
+    return None
+
+
+def _caf_seconds(file: BinaryIO) -> float | None:
+    """Packets in the data chunk times their length, where all are alike; a size of -1 is that of a stream."""
+    file.seek(8)
+    packet_bytes = packet_seconds = 0.0
+    while len(header := file.read(12)) == 12:
+        name, size_bytes = struct.unpack(">4sq", header)
+        start = file.tell()
+        if name == b"data":
+            return (size_bytes - 4) / packet_bytes * packet_seconds if packet_bytes and size_bytes > 4 else None
+        if name == b"desc" and len(chunk := file.read(24)) == 24:
+            rate_hz, packet_bytes, packet_frames = struct.unpack(">d8xII", chunk)
+            packet_seconds = packet_frames / rate_hz if rate_hz > 0 else 0.0
+        if size_bytes < 0 or start + size_bytes >= 2**62:
+            return None
+        file.seek(start + size_bytes)
+    return None
+
+
+def _asf_seconds(file: BinaryIO) -> float | None:
+    """The play duration of an ASF file's properties, without what is buffered before; None for a broadcast."""
+    file.seek(0)
+    head = file.read(8192)
+    place = head.find(_ASF_PROPERTIES)
+    fields = head[place + 64 : place + 92]
+    if place < 0 or len(fields) < 28:
+        return None
+    duration_100ns, _, preroll_ms, flags = struct.unpack("<QQQI", fields)
+    return None if flags & 1 else max(0.0, duration_100ns / 1e7 - preroll_ms / 1e3)
+
+
+def _mp3_seconds(file: BinaryIO, rate_hz: int) -> float | None:
+    """What the index in the first frame says; None without one."""
     file.seek(0)
     head = file.read(10)
     skipped = 0
@@ -124,4 +186,11 @@ def _has_mp3_index(file: BinaryIO) -> bool:
         skipped = 10 + sum((byte & 0x7F) << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
     file.seek(skipped)
     first_frame = file.read(4096)
-    return any(tag in first_frame for tag in _MP3_INDEX)
+    for mark, offset in _MP3_INDEX.items():
+        place = first_frame.find(mark)
+        number = first_frame[place + offset : place + offset + 4]
+        if place < 0 or len(number) < 4 or (mark != b"VBRI" and not first_frame[place + 7] & 1):
+            continue
+        num_samples = struct.unpack(">I", number)[0] * (1152 if rate_hz in _MPEG1_RATES_HZ else 576)
+        return num_samples / rate_hz if rate_hz else None
+    return None

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from pipeline.audio_headers import Promise, is_cut_mp4, known_audio, read_promise
 from pipeline.errors import InputError
+from pipeline.holes import Seams
 
 # With any other level, ffmpeg's threads call into Python's logging, and that can deadlock with the interpreter lock.
 set_level(None)
@@ -72,6 +73,7 @@ class _Tally:
     decoded_seconds: float = 0.0
     reached_seconds: float = 0.0  # on the file's own clock, which runs on where a recorder left silence out
     fault: str = ""  # the last one
+    seams: Seams | None = None
     is_broken: bool = False  # the container could not be read to its end
 
 
@@ -97,8 +99,8 @@ def decode(file: BinaryIO, *, longest_seconds: float = math.inf) -> Iterator[Pcm
         InputError: at any point, also after blocks were yielded; they are not to be used then.
         OSError: the file could not be read.
     """
-    tally = _Tally()
     with _opened(file) as (container, stream):
+        tally = _Tally(seams=Seams(file, container.format.name, is_alone=len(container.streams) == 1))
         promise = read_promise(file, container, stream)
         if promise and promise.seconds > longest_seconds:
             raise too_long(f"{promise.where} promises {promise.seconds / 3600:.1f} h", longest_seconds)
@@ -313,6 +315,8 @@ def _frames(container: InputContainer, stream: AudioStream, tally: _Tally) -> It
     to_mono = _ToMono()
     for packet in _packets(container, stream, tally):
         tally.num_packets += 1
+        if tally.seams:
+            tally.seams.follow(packet)
         try:
             decoded = [to_mono(frame) for frame in packet.decode() if frame.samples]
         except _AV_ERRORS as error:
@@ -366,7 +370,8 @@ class _ToMono:
         # Only the sample format changes here, so swr holds nothing back. Packed, never planar: PyAV reads beyond the
         # end of a planar frame of 8 channels and kills the process.
         packed = np.concatenate([one.to_ndarray().reshape(-1) for one in self._packed.resample(frame)])
-        samples = packed.reshape(-1, channels).mean(axis=1, dtype=np.float32) if channels > 1 else packed
+        with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is refused with all that is not finite
+            samples = packed.reshape(-1, channels).mean(axis=1, dtype=np.float32) if channels > 1 else packed
         return Pcm(samples=samples.astype(np.float32, copy=False), rate_hz=rate_hz, channels=channels)
 
 
@@ -377,6 +382,13 @@ def _judge(tally: _Tally, promise: Promise | None) -> None:
         raise InputError("DECODE_FAILED", f"{damage}; the file is damaged, upload it again")
     if promise:
         _keep(promise, tally)
+    missing_seconds = tally.seams.missing_seconds() if tally.seams else 0.0
+    if missing_seconds > max(_MISSING_SECONDS, _MISSING_SHARE * tally.decoded_seconds):
+        raise InputError(
+            "DECODE_FAILED",
+            f"about {missing_seconds:.2f} s inside the file were not understood, {tally.decoded_seconds:.2f} s were; "
+            "it is damaged, upload it again",
+        )
     if tally.is_broken:
         raise InputError(
             "DECODE_FAILED", f"unreadable after {tally.decoded_seconds:.2f} s ({tally.fault}); upload the file again"

@@ -50,6 +50,8 @@ def encoded(
 def _write(output: OutputContainer, samples: NDArray[np.float32], *, codec: str, rate_hz: int, layout: str) -> None:
     stream = output.add_stream(codec, rate=rate_hz, layout=layout)
     context = stream.codec_context
+    if codec.startswith("wma"):
+        context.bit_rate = 128_000  # it has no default of its own
     frame = AudioFrame.from_ndarray(np.repeat(samples, context.layout.nb_channels)[None], format="flt", layout=layout)
     frame.sample_rate, frame.pts = rate_hz, 0
     frame_size = context.frame_size or 1024

@@ -1,6 +1,9 @@
+import signal
+import sys
 from typing import Any
 
 import pytest
+import ray
 
 from actors import cluster
 from pipeline.config import RunConfig, load_config
@@ -70,3 +73,17 @@ def test_the_configs_numbers_win(monkeypatch: pytest.MonkeyPatch) -> None:
     request, num_lanes = cluster.plan_lanes(config("ray.lanes=3", "stages.load.actors=2", "stages.load.cpus=0.5"))
     assert num_lanes == 3
     assert request.bundle == {"CPU": 1.0}
+
+
+def test_a_sigterm_that_meets_rays_own_handler_ends_the_command_as_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    seen: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
+    try:
+        with cluster._signals_after():
+            sys.exit(signal.SIGTERM)  # as Ray does, while it starts
+        assert seen == [signal.SIGTERM]
+        with pytest.raises(SystemExit, match="7"), cluster._signals_after():
+            sys.exit(7)
+    finally:
+        signal.signal(signal.SIGTERM, before)
