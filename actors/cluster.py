@@ -85,9 +85,9 @@ def _signals_after() -> Generator[None]:
     try:
         yield
     except SystemExit as error:  # of the handler that Ray puts in our place half-way
-        if error.code not in before:
+        if error.code != signal.SIGTERM:
             raise
-        held.append(int(error.code))
+        held.append(signal.SIGTERM)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
