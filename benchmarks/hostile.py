@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -39,6 +39,8 @@ _LIMIT_SECONDS = 20.0  # for six seconds of audio, which take 10 ms
 _MEMORY_GIB = 1.0
 _BATCH = 200  # inputs of one process; its peak memory is that of the worst of them
 _MISSING_SECONDS = 0.5  # as the load stage allows it
+_START_SECONDS = 120.0
+_READY = "ready"
 _ACCIDENT = "please report it"  # in the message of a Failure that nobody foresaw
 
 
@@ -98,12 +100,12 @@ def main() -> int:
     return 1 if summary["problems"] else 0
 
 
-def run(seeds: Sequence[int]) -> Iterator[Outcome]:
-    """The outcome of every seed, in order."""
+def run(seeds: Sequence[int], make: Callable[[int], Hostile] = hostile) -> Iterator[Outcome]:
+    """The outcome of every seed, in order; `make` makes the input of one."""
     done = 0
     while done < len(seeds):
         batch = seeds[done : done + _BATCH]
-        for outcome in _run_batch(batch):
+        for outcome in _run_batch(batch, make):
             done += 1
             yield outcome
 
@@ -133,14 +135,16 @@ def table_of(outcomes: Sequence[Outcome]) -> Table:
     return table
 
 
-def _run_batch(seeds: Sequence[int]) -> Iterator[Outcome]:
+def _run_batch(seeds: Sequence[int], make: Callable[[int], Hostile]) -> Iterator[Outcome]:
     """Outcomes up to the end, or to the one that its process did not survive."""
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")  # a fork would inherit whatever locks other threads hold
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(seeds, sender))
+    process = context.Process(target=_work, args=(seeds, make, sender))
     process.start()
     sender.close()
     try:
+        if not receiver.poll(_START_SECONDS) or receiver.recv() != _READY:
+            raise RuntimeError("a process for the load stage does not start")
         for seed in seeds:
             code = "hung"
             if receiver.poll(_LIMIT_SECONDS):
@@ -149,7 +153,7 @@ def _run_batch(seeds: Sequence[int]) -> Iterator[Outcome]:
                     continue
                 except EOFError:
                     code = "died"
-            one = hostile(seed)
+            one = make(seed)
             yield Outcome(
                 seed=seed, name=one.name, kind=one.kind, format=one.format, code=code, true_seconds=one.true_seconds
             )
@@ -160,12 +164,13 @@ def _run_batch(seeds: Sequence[int]) -> Iterator[Outcome]:
         receiver.close()
 
 
-def _work(seeds: Sequence[int], sender: Connection) -> None:
+def _work(seeds: Sequence[int], make: Callable[[int], Hostile], sender: Connection) -> None:
+    sender.send(_READY)
     limit_memory(_MEMORY_GIB)
     stage = LoadStage(Storage(), _PADDING)
     with tempfile.TemporaryDirectory() as folder:
         for seed in seeds:
-            sender.send(_load(seed, hostile(seed), stage, Path(folder) / "input"))
+            sender.send(_load(seed, make(seed), stage, Path(folder) / "input"))
 
 
 def _load(seed: int, one: Hostile, stage: LoadStage, path: Path) -> Outcome:
