@@ -35,9 +35,9 @@ install-test: $(TEST_STAMP)  ## the same, with what the tests and checks need
 demo: $(STAMP)  ## transcribe the bundled speech with the checkpoint that ships inside the package
 	$(BIN)/python -m deploy.demo
 
-# Three processes: half of the time goes into waiting for Ray. A file stays in one of them, with what it has started.
+# Two processes: half of the time goes into waiting for Ray. A file stays in one of them, with what it has started.
 test: $(TEST_STAMP)  ## run the test suite; PYTEST_ARGS="-k align" picks some of it
-	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # The variable stops pyright from asking the network for its newest version before every run.
 check: $(TEST_STAMP)  ## formatting, lint, types, import contract
